@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * The contract between the probe guest and the harness that drives it.
+ *
+ * The guest's RAM is a file which the harness also has open.  At guest
+ * physical PROBE_MAILBOX lies a struct probe_mailbox, little endian, every
+ * field naturally aligned.  The guest clears all of it when it starts, so the
+ * harness may write nothing before it has seen PROBE_READY.
+ *
+ * To have a batch of operations carried out, the harness writes ops[] and
+ * count, and then, last, done + 1 into request.  The guest ignores every other
+ * value: pwrite() of a few bytes may well store them one by one, and half of a
+ * sequence number must not make it carry out a batch twice.
+ *
+ * The guest carries out the operations in order, writes what they read into
+ * their value, then result, and then, last, copies request into done.
+ * Interrupts are taken in between the operations.  A batch ends at the first
+ * operation that is refused; those before it have happened, it and those after
+ * it have not.  Refused are an unknown op, a width other than 1, 2 or 4, and an
+ * address which the operation cannot reach.  A batch longer than PROBE_OPS is
+ * refused whole, with the result PROBE_OPS + 1.
+ *
+ * The guest stores every field in one piece, but a read() by the harness may
+ * be in pieces too.  Fields that change by themselves are best read natively
+ * through a mapping.
+ *
+ * counters[] and the log may be overwritten by the harness only while nothing
+ * can interrupt the guest but its timer (and then not counters[PROBE_TIMER]).
+ */
+#ifndef PROBE_ABI_H
+#define PROBE_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PROBE_MAILBOX   0x100000
+#define PROBE_MAGIC     0x52504356      /* the bytes "VCPR" */
+#define PROBE_VERSION   1
+
+#define PROBE_VECTORS   256
+#define PROBE_OPS       384
+#define PROBE_LOG       1024
+
+#define PROBE_TIMER     0xef            /* counted, but never logged */
+#define PROBE_SPURIOUS  0xff            /* counted and logged, but gets no EOI */
+
+enum probe_state {
+    PROBE_STARTING = 0,
+    PROBE_READY = 1,
+    PROBE_FAULTED = 2,          /* an exception; the guest has stopped for good */
+};
+
+enum probe_opcode {
+    /* address = bus << 16 | device << 11 | function << 8 | offset, aligned */
+    PROBE_CFG_READ = 1,
+    PROBE_CFG_WRITE = 2,
+    /* address = physical, below 4 GiB */
+    PROBE_MMIO_READ = 3,
+    PROBE_MMIO_WRITE = 4,
+    /* address = port */
+    PROBE_PORT_IN = 5,
+    PROBE_PORT_OUT = 6,
+    /* address = index; 64-bit value; width is ignored */
+    PROBE_MSR_READ = 7,
+    PROBE_MSR_WRITE = 8,
+    /* value = 0: the guest runs with IF clear from now on, 1: with IF set */
+    PROBE_INTERRUPTS = 9,
+    PROBE_NOP = 10,
+};
+
+struct probe_op {
+    uint32_t op;                /* enum probe_opcode */
+    uint32_t width;             /* bytes: 1, 2 or 4 */
+    uint64_t address;
+    uint64_t value;             /* to write, or what was read, zero-extended */
+    uint64_t reserved;
+};
+
+/* Complete before log_count covers it. */
+struct probe_delivery {
+    uint64_t tsc;
+    uint32_t vector;
+    uint32_t sequence;          /* log_count before this entry */
+};
+
+struct probe_mailbox {
+    uint32_t magic;             /* 0x000 */
+    uint32_t version;           /* 0x004 */
+    uint32_t state;             /* 0x008: enum probe_state */
+    uint32_t fault_vector;      /* 0x00c: these four are valid once the state */
+    uint32_t fault_error;       /* 0x010: is PROBE_FAULTED; 0 if there is no code */
+    uint32_t fault_eip;         /* 0x014 */
+    uint32_t fault_cr2;         /* 0x018 */
+    uint32_t reserved_01c;      /* 0x01c */
+    uint64_t loops;             /* 0x020: passes of the main loop */
+    uint64_t tsc;               /* 0x028: at the last of them */
+    uint32_t request;           /* 0x030: written last by the harness: done + 1 */
+    uint32_t done;              /* 0x034: written last by the guest */
+    uint32_t count;             /* 0x038: operations in this request */
+    uint32_t result;            /* 0x03c: 0, or 1 + index of the refused one */
+    uint32_t log_count;         /* 0x040: entries ever written */
+    uint32_t reserved_044[239];
+    uint32_t counters[PROBE_VECTORS];           /* 0x0400: taken, per IDT vector */
+    uint32_t reserved_800[512];
+    struct probe_op ops[PROBE_OPS];             /* 0x1000 */
+    struct probe_delivery log[PROBE_LOG];       /* 0x4000: entry n is in n % PROBE_LOG */
+};
+
+_Static_assert(offsetof(struct probe_mailbox, loops) == 0x020, "loops");
+_Static_assert(offsetof(struct probe_mailbox, request) == 0x030, "request");
+_Static_assert(offsetof(struct probe_mailbox, log_count) == 0x040, "log_count");
+_Static_assert(offsetof(struct probe_mailbox, counters) == 0x400, "counters");
+_Static_assert(offsetof(struct probe_mailbox, ops) == 0x1000, "ops");
+_Static_assert(offsetof(struct probe_mailbox, log) == 0x4000, "log");
+_Static_assert(sizeof(struct probe_mailbox) == 0x8000, "mailbox");
+
+#endif

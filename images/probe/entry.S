@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * From the reset vector to C, and from an interrupt to C.
+ *
+ * The ROM is a picture of the 64 KiB at `image` in RAM, where everything is
+ * linked to run; see probe.ld.
+ */
+
+    .set CODE, 8                /* selectors in the table below */
+    .set DATA, 16
+    .set CR0_PE_ET, 0x11        /* and, unlike at reset, caches on */
+
+    .section .boot, "ax"
+    .code16
+boot:
+    /*
+     * CS still has its base of 0xffff0000 from reset: the only way to the ROM
+     * in real mode that does not go through the chipset's shadow RAM.
+     */
+    mov     $image_segment, %ax
+    mov     %ax, %es
+    xor     %si, %si
+    xor     %di, %di
+    mov     $0x10000 / 4, %cx
+    rep movsl %cs:(%si), %es:(%di)
+
+    lgdtl   %cs:gdtr_offset
+    mov     $CR0_PE_ET, %eax
+    mov     %eax, %cr0
+    ljmpl   $CODE, $start
+
+    .balign 8
+gdt:
+    .quad   0
+    .quad   0x00cf9b000000ffff  /* CODE: flat, 32-bit */
+    .quad   0x00cf93000000ffff  /* DATA: flat */
+    .globl  gdtr
+gdtr:
+    .word   . - gdt - 1
+    .long   gdt
+
+    /* probe.ld puts these last 16 of 256 bytes at 0xfffffff0. */
+    .org    0xf0
+    jmp     boot
+    .org    0x100
+
+    .text
+    .code32
+start:
+    mov     $DATA, %eax
+    mov     %eax, %ds
+    mov     %eax, %es
+    mov     %eax, %ss
+    mov     $stack_top, %esp
+    /* RAM holds whatever it did before a system reset. */
+    xor     %eax, %eax
+    mov     $bss_start, %edi
+    mov     $bss_dwords, %ecx
+    rep stosl
+    call    probe_main
+
+    /*
+     * One stub of equal size per vector, so that every vector is told apart
+     * and a misrouted interrupt shows as what it is.
+     */
+    .globl  vector_stubs, vector_stubs_end
+    .balign 16
+vector_stubs:
+    .set    vector, 0
+    .rept   256
+    /* The CPU itself pushes an error code for #DF, #TS .. #PF, #AC, #CP, ... */
+    .if     vector != 8 && (vector < 10 || vector > 14) && vector != 17 && vector != 21 && vector != 29 && vector != 30
+    push    $0
+    .endif
+    push    $vector
+    jmp     interrupted
+    .balign 16
+    .set    vector, vector + 1
+    .endr
+vector_stubs_end:
+
+interrupted:
+    pusha
+    push    %esp                /* the struct frame * that interrupt() takes */
+    call    interrupt
+    add     $4, %esp
+    popa
+    add     $8, %esp            /* vector and error code */
+    iret
+
+    .bss
+    .balign 16
+    .skip   0x2000
+stack_top:
+
+    .section .note.GNU-stack, "", @progbits

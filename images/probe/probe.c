@@ -1,0 +1,388 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/*
+ * A hand on the bus: a guest without a driver, which carries out the accesses
+ * it finds in its mailbox and keeps a record of the interrupts it takes.
+ */
+#include <stdbool.h>
+
+#include "abi.h"
+
+#define PIC_MASTER_MASK     0x21
+#define PIC_SLAVE_MASK      0xa1
+
+#define PCI_CONFIG_ADDRESS  0xcf8
+#define PCI_CONFIG_DATA     0xcfc
+#define PCI_CONFIG_ENABLE   0x80000000
+
+#define LAPIC               0xfee00000
+#define LAPIC_EOI           0x0b0
+#define LAPIC_SVR           0x0f0
+#define LAPIC_LVT_TIMER     0x320
+#define LAPIC_LVT_LINT0     0x350
+#define LAPIC_LVT_LINT1     0x360
+#define LAPIC_TIMER_INITIAL 0x380
+#define LAPIC_TIMER_DIVIDE  0x3e0
+#define LAPIC_SVR_ENABLE    0x100
+#define LAPIC_LVT_MASKED    0x10000
+#define LAPIC_LVT_PERIODIC  0x20000
+#define LAPIC_DIVIDE_BY_1   0xb
+
+#define TIMER_TICKS         1000000     /* 1 ms: both KVM's and TCG's bus is 1 GHz */
+#define HOT_CYCLES          500000      /* of the TSC, 1 to 5 GHz: 100 to 500 us */
+
+#define EXCEPTIONS          32
+#define CODE_SELECTOR       8
+#define INTERRUPT_GATE      0x8e00      /* present, and clears IF */
+
+/* What vector_stubs and `interrupted` in entry.S push, and below it the CPU. */
+struct frame {
+    uint32_t edi, esi, ebp, esp, ebx, edx, ecx, eax;
+    uint32_t vector, error;
+    uint32_t eip, cs, eflags;
+};
+
+struct gate {
+    uint16_t offset_low, selector, type, offset_high;
+};
+
+struct table_register {
+    uint16_t limit;
+    uint32_t base;
+} __attribute__((packed));
+
+extern const uint8_t vector_stubs[], vector_stubs_end[];
+
+/* volatile also for the order of the stores, which is all x86 needs for it. */
+static volatile struct probe_mailbox *const mailbox = (void *)PROBE_MAILBOX;
+static struct gate idt[PROBE_VECTORS];
+static volatile bool active;    /* a device interrupt came since last asked */
+static bool interrupts = true;
+
+void interrupt(const struct frame *frame);
+_Noreturn void probe_main(void);
+
+static uint32_t load(uint32_t address, uint32_t width)
+{
+    switch (width) {
+    case 1:
+        return *(volatile uint8_t *)address;
+    case 2:
+        return *(volatile uint16_t *)address;
+    default:
+        return *(volatile uint32_t *)address;
+    }
+}
+
+static void store(uint32_t address, uint32_t width, uint32_t value)
+{
+    switch (width) {
+    case 1:
+        *(volatile uint8_t *)address = value;
+        break;
+    case 2:
+        *(volatile uint16_t *)address = value;
+        break;
+    default:
+        *(volatile uint32_t *)address = value;
+    }
+}
+
+static uint32_t port_in(uint16_t port, uint32_t width)
+{
+    uint32_t value = 0;
+
+    switch (width) {
+    case 1:
+        asm volatile("inb %1, %b0" : "+a"(value) : "Nd"(port) : "memory");
+        break;
+    case 2:
+        asm volatile("inw %1, %w0" : "+a"(value) : "Nd"(port) : "memory");
+        break;
+    default:
+        asm volatile("inl %1, %0" : "+a"(value) : "Nd"(port) : "memory");
+    }
+    return value;
+}
+
+static void port_out(uint16_t port, uint32_t width, uint32_t value)
+{
+    switch (width) {
+    case 1:
+        asm volatile("outb %b0, %1" : : "a"(value), "Nd"(port) : "memory");
+        break;
+    case 2:
+        asm volatile("outw %w0, %1" : : "a"(value), "Nd"(port) : "memory");
+        break;
+    default:
+        asm volatile("outl %0, %1" : : "a"(value), "Nd"(port) : "memory");
+    }
+}
+
+/* Selects a dword of configuration space; returns the port for the address. */
+static uint16_t config_port(uint32_t address)
+{
+    port_out(PCI_CONFIG_ADDRESS, 4, PCI_CONFIG_ENABLE | (address & ~3u));
+    return PCI_CONFIG_DATA + (address & 3);
+}
+
+static uint64_t msr_read(uint32_t index)
+{
+    uint64_t value;
+
+    asm volatile("rdmsr" : "=A"(value) : "c"(index) : "memory");
+    return value;
+}
+
+static void msr_write(uint32_t index, uint64_t value)
+{
+    asm volatile("wrmsr" : : "A"(value), "c"(index) : "memory");
+}
+
+static uint64_t tsc_read(void)
+{
+    uint64_t value;
+
+    asm volatile("rdtsc" : "=A"(value) : : "memory");
+    return value;
+}
+
+/* The harness reads at any time, and must never see half of a new value. */
+static void publish64(volatile uint64_t *field, uint64_t value)
+{
+    __sync_bool_compare_and_swap(field, *field, value);
+}
+
+static void lapic_write(uint32_t reg, uint32_t value)
+{
+    store(LAPIC + reg, 4, value);
+}
+
+static void interrupts_enable(void)
+{
+    asm volatile("sti" : : : "memory");
+}
+
+static void interrupts_disable(void)
+{
+    asm volatile("cli" : : : "memory");
+}
+
+static _Noreturn void fault(const struct frame *frame)
+{
+    uint32_t cr2;
+
+    asm volatile("mov %%cr2, %0" : "=r"(cr2));
+    mailbox->fault_vector = frame->vector;
+    mailbox->fault_error = frame->error;
+    mailbox->fault_eip = frame->eip;
+    mailbox->fault_cr2 = cr2;
+    mailbox->state = PROBE_FAULTED;
+    for (;;) {
+        asm volatile("cli; hlt" : : : "memory");
+    }
+}
+
+static void log_delivery(uint32_t vector)
+{
+    uint32_t sequence = mailbox->log_count;
+    volatile struct probe_delivery *entry = &mailbox->log[sequence % PROBE_LOG];
+
+    entry->tsc = tsc_read();
+    entry->vector = vector;
+    entry->sequence = sequence;
+    mailbox->log_count = sequence + 1;
+}
+
+void interrupt(const struct frame *frame)
+{
+    uint32_t vector = frame->vector;
+
+    mailbox->counters[vector]++;
+    if (vector < EXCEPTIONS) {
+        fault(frame);
+    }
+    if (vector != PROBE_TIMER) {
+        log_delivery(vector);
+        active = true;
+    }
+    if (vector != PROBE_SPURIOUS) {
+        lapic_write(LAPIC_EOI, 0);
+    }
+}
+
+static bool acceptable(uint32_t opcode, uint32_t width, uint64_t address)
+{
+    switch (opcode) {
+    case PROBE_NOP:
+    case PROBE_INTERRUPTS:
+        return true;
+    case PROBE_MSR_READ:
+    case PROBE_MSR_WRITE:
+        return address < 1ull << 32;
+    }
+
+    if (width != 1 && width != 2 && width != 4) {
+        return false;
+    }
+    switch (opcode) {
+    case PROBE_CFG_READ:
+    case PROBE_CFG_WRITE:
+        return address < 1 << 24 && !(address & (width - 1));
+    case PROBE_MMIO_READ:
+    case PROBE_MMIO_WRITE:
+        return address < 1ull << 32;
+    case PROBE_PORT_IN:
+    case PROBE_PORT_OUT:
+        return address < 1 << 16;
+    }
+    return false;
+}
+
+static void execute(volatile struct probe_op *op, uint32_t width, uint32_t address)
+{
+    uint64_t value = op->value;
+
+    switch (op->op) {
+    case PROBE_CFG_READ:
+        op->value = port_in(config_port(address), width);
+        break;
+    case PROBE_CFG_WRITE:
+        port_out(config_port(address), width, value);
+        break;
+    case PROBE_MMIO_READ:
+        op->value = load(address, width);
+        break;
+    case PROBE_MMIO_WRITE:
+        store(address, width, value);
+        break;
+    case PROBE_PORT_IN:
+        op->value = port_in(address, width);
+        break;
+    case PROBE_PORT_OUT:
+        port_out(address, width, value);
+        break;
+    case PROBE_MSR_READ:
+        op->value = msr_read(address);
+        break;
+    case PROBE_MSR_WRITE:
+        msr_write(address, value);
+        break;
+    case PROBE_INTERRUPTS:
+        interrupts = value;
+        if (interrupts) {
+            interrupts_enable();
+        } else {
+            interrupts_disable();
+        }
+        break;
+    }
+}
+
+static uint32_t execute_batch(uint32_t count)
+{
+    if (count > PROBE_OPS) {
+        return PROBE_OPS + 1;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        volatile struct probe_op *op = &mailbox->ops[i];
+
+        if (!acceptable(op->op, op->width, op->address)) {
+            return i + 1;
+        }
+        execute(op, op->width, op->address);
+    }
+    return 0;
+}
+
+/* Returns whether there was a request. */
+static bool serve(void)
+{
+    uint32_t request = mailbox->request;
+
+    if (request != mailbox->done + 1) {
+        return false;
+    }
+    mailbox->result = execute_batch(mailbox->count);
+    mailbox->done = request;
+    return true;
+}
+
+static void mailbox_clear(void)
+{
+    volatile uint32_t *word = (volatile uint32_t *)mailbox;
+
+    for (size_t i = 0; i < sizeof(*mailbox) / sizeof(*word); i++) {
+        word[i] = 0;
+    }
+}
+
+static void idt_setup(void)
+{
+    uint32_t size = (vector_stubs_end - vector_stubs) / PROBE_VECTORS;
+    struct table_register idtr = { sizeof(idt) - 1, (uint32_t)idt };
+
+    for (uint32_t vector = 0; vector < PROBE_VECTORS; vector++) {
+        uint32_t stub = (uint32_t)vector_stubs + vector * size;
+
+        idt[vector] = (struct gate) { stub, CODE_SELECTOR, INTERRUPT_GATE, stub >> 16 };
+    }
+    asm volatile("lidt %0" : : "m"(idtr) : "memory");
+}
+
+static void lapic_setup(void)
+{
+    /* First, because a disabled LAPIC keeps every LVT entry masked. */
+    lapic_write(LAPIC_SVR, LAPIC_SVR_ENABLE | PROBE_SPURIOUS);
+    lapic_write(LAPIC_LVT_LINT0, LAPIC_LVT_MASKED);
+    lapic_write(LAPIC_LVT_LINT1, LAPIC_LVT_MASKED);
+    lapic_write(LAPIC_TIMER_DIVIDE, LAPIC_DIVIDE_BY_1);
+    lapic_write(LAPIC_LVT_TIMER, LAPIC_LVT_PERIODIC | PROBE_TIMER);
+    lapic_write(LAPIC_TIMER_INITIAL, TIMER_TICKS);
+}
+
+/*
+ * Polls while requests or interrupts keep coming, for the harness's latency;
+ * otherwise sleeps until the next tick, because an idle guest must leave the
+ * CPU to whatever else runs there.
+ */
+static _Noreturn void main_loop(void)
+{
+    uint64_t last_active = tsc_read();
+
+    for (;;) {
+        uint64_t now = tsc_read();
+
+        publish64(&mailbox->loops, mailbox->loops + 1);
+        publish64(&mailbox->tsc, now);
+        if (serve() || active) {
+            active = false;
+            last_active = now = tsc_read();
+        }
+        /* As a difference, so that a TSC which goes back cannot keep us hot. */
+        if (!interrupts || now - last_active < HOT_CYCLES) {
+            asm volatile("pause" : : : "memory");
+            continue;
+        }
+        interrupts_disable();
+        if (active) {
+            interrupts_enable();
+        } else {
+            /* sti holds interrupts off for one more instruction: none is missed. */
+            asm volatile("sti; hlt" : : : "memory");
+        }
+    }
+}
+
+void probe_main(void)
+{
+    mailbox_clear();
+    mailbox->version = PROBE_VERSION;
+    mailbox->magic = PROBE_MAGIC;
+    port_out(PIC_MASTER_MASK, 1, 0xff);
+    port_out(PIC_SLAVE_MASK, 1, 0xff);
+    idt_setup();
+    lapic_setup();
+    interrupts_enable();
+    mailbox->state = PROBE_READY;
+    main_loop();
+}

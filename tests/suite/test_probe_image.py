@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The probe guest does what abi.h says, on a packaged QEMU without KVM."""
+
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from images.probe import SOURCES, ProbeBuildError, build
+
+pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
+
+RAM = 8 << 20
+MAILBOX = 0x100000
+STARTING, READY, FAULTED = range(3)
+CFG_READ, CFG_WRITE, MMIO_READ, MMIO_WRITE = 1, 2, 3, 4
+PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
+OPS, LOG, TIMER, SPURIOUS = 384, 1024, 0xEF, 0xFF
+
+SCRATCH = 0x200000
+ICR_LOW = 0xFEE00300
+TO_SELF = 0x44000  # shorthand "self", assert, fixed
+X2APIC_ID = 0x802  # #GP as long as the LAPIC is in xAPIC mode
+DEADLINE = 10.0
+
+Op = tuple[int, int, int, int]
+
+
+class Probe:
+    """The harness's end of the mailbox.
+
+    Native formats, because struct handles the others byte by byte, and the
+    guest would see (or show) halves.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], ram: mmap.mmap) -> None:
+        self.process = process
+        self.ram = ram
+
+    def u32(self, offset: int) -> int:
+        return int(struct.unpack_from("I", self.ram, MAILBOX + offset)[0])
+
+    def u64(self, offset: int) -> int:
+        return int(struct.unpack_from("Q", self.ram, MAILBOX + offset)[0])
+
+    def put(self, offset: int, value: int) -> None:
+        struct.pack_into("I", self.ram, MAILBOX + offset, value)
+
+    @property
+    def state(self) -> int:
+        return self.u32(0x008)
+
+    @property
+    def loops(self) -> int:
+        return self.u64(0x020)
+
+    @property
+    def log_count(self) -> int:
+        return self.u32(0x040)
+
+    def counter(self, vector: int) -> int:
+        return self.u32(0x400 + 4 * vector)
+
+    def delivery(self, number: int) -> tuple[int, int, int]:
+        offset = MAILBOX + 0x4000 + 16 * (number % LOG)
+        tsc, vector, sequence = struct.unpack_from("<QII", self.ram, offset)
+        return tsc, vector, sequence
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            assert self.process.poll() is None, "QEMU has exited"
+            assert time.monotonic() < deadline, f"the guest hangs in state {self.state}"
+            time.sleep(0.0002)
+
+    def post(self, *ops: Op, count: int | None = None) -> int:
+        """Hand a batch to the guest; returns its sequence number."""
+        for index, (op, width, address, value) in enumerate(ops):
+            where = MAILBOX + 0x1000 + 32 * index
+            struct.pack_into("<IIQQQ", self.ram, where, op, width, address, value, 0)
+        self.put(0x038, len(ops) if count is None else count)
+        sequence = self.u32(0x034) + 1
+        self.put(0x030, sequence)
+        return sequence
+
+    def batch(self, *ops: Op, count: int | None = None) -> tuple[int, list[int]]:
+        """The result of the batch, and the operations' values after it."""
+        sequence = self.post(*ops, count=count)
+        self.wait(lambda: self.u32(0x034) == sequence)
+        return self.u32(0x03C), [self.u64(0x1000 + 32 * i + 16) for i in range(len(ops))]
+
+    def run(self, *ops: Op) -> list[int]:
+        result, values = self.batch(*ops)
+        assert result == 0
+        return values
+
+    def read(self, op: int, width: int, address: int) -> int:
+        return self.run((op, width, address, ~0 & 0xFFFFFFFFFFFFFFFF))[0]
+
+    def interrupt_self(self, *vectors: int) -> None:
+        self.run(*((MMIO_WRITE, 4, ICR_LOW, TO_SELF | vector) for vector in vectors))
+
+
+@pytest.fixture(scope="module")
+def rom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("probe") / "probe.bin"
+    build(path)
+    return path
+
+
+@contextmanager
+def running(qemu: list[str], rom: Path, ram_file: Path, machine: str) -> Iterator[Probe]:
+    ram_file.touch()
+    os.truncate(ram_file, RAM)
+    backend = f"memory-backend-file,id=ram0,size={RAM},share=on,mem-path={ram_file}"
+    arguments = ["-machine", f"{machine},accel=tcg,memory-backend=ram0", "-object", backend]
+    arguments += ["-bios", str(rom), "-nodefaults", "-display", "none", "-device", "edu,addr=3.0"]
+    with (
+        ram_file.open("r+b") as file,
+        mmap.mmap(file.fileno(), RAM) as ram,
+        subprocess.Popen([*qemu, *arguments], stdin=subprocess.DEVNULL) as process,
+    ):
+        try:
+            probe = Probe(process, ram)
+            probe.wait(lambda: probe.state != STARTING)
+            yield probe
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module", params=["q35", "pc"])
+def probe(
+    request: pytest.FixtureRequest,
+    hardware_qemu: list[str],
+    rom: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Probe]:
+    ram_file = tmp_path_factory.mktemp("probe") / "ram"
+    with running(hardware_qemu, rom, ram_file, request.param) as probe:
+        yield probe
+
+
+@pytest.fixture
+def doomed_probe(hardware_qemu: list[str], rom: Path, tmp_path: Path) -> Iterator[Probe]:
+    """A guest of the test's own, to be killed by it."""
+    with running(hardware_qemu, rom, tmp_path / "ram", "q35") as probe:
+        yield probe
+
+
+def test_the_sources_are_there() -> None:
+    assert {path.name for path in SOURCES} == {"abi.h", "entry.S", "probe.c", "probe.ld"}
+    assert all(path.is_file() for path in SOURCES)
+
+
+def test_a_build_is_a_rom_that_the_reset_vector_enters(rom: Path) -> None:
+    content = rom.read_bytes()
+    assert len(content) == 0x10000
+    opcode, displacement = struct.unpack_from("<BH", content, 0xFFF0)
+    assert opcode == 0xE9  # jmp rel16
+    target = (0xFFF3 + displacement) & 0xFFFF
+    assert 0xFF00 <= target < 0xFFF0
+
+
+def test_builds_are_reproducible(rom: Path, tmp_path: Path) -> None:
+    build(tmp_path / "again.bin")
+    assert (tmp_path / "again.bin").read_bytes() == rom.read_bytes()
+
+
+def test_a_failed_build_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ProbeBuildError, match=r"no-such-cc .*probe\.c"):
+        build(tmp_path / "probe.bin", cc="no-such-cc")
+    failing = tmp_path / "failing-cc"
+    failing.write_text("#!/bin/sh\necho the reason >&2\nexit 1\n")
+    failing.chmod(0o755)
+    with pytest.raises(ProbeBuildError, match="the reason"):
+        build(tmp_path / "probe.bin", cc=str(failing))
+    assert not (tmp_path / "probe.bin").exists()
+
+
+def test_the_guest_introduces_itself(probe: Probe) -> None:
+    assert probe.state == READY
+    assert probe.ram[MAILBOX : MAILBOX + 4] == b"VCPR"
+    assert probe.u32(0x004) == 1
+
+
+def test_the_guest_is_alive_but_idle(probe: Probe) -> None:
+    stat = Path(f"/proc/{probe.process.pid}/stat")
+
+    def cpu_seconds() -> float:
+        user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    time.sleep(0.1)
+    loops, tsc, ticks, cpu = probe.loops, probe.u64(0x028), probe.counter(TIMER), cpu_seconds()
+    time.sleep(1)
+    passes, ticked = probe.loops - loops, probe.counter(TIMER) - ticks
+    assert probe.u64(0x028) > tsc
+    assert 100 < ticked <= 1500
+    assert 100 < passes < 10 * ticked
+    assert cpu_seconds() - cpu < 0.5
+
+
+def test_widths_of_memory_accesses(probe: Probe) -> None:
+    probe.run(
+        (MMIO_WRITE, 4, SCRATCH, 0x44332211),
+        (MMIO_WRITE, 4, SCRATCH + 4, 0x88776655),
+        (MMIO_WRITE, 1, SCRATCH + 1, 0xFFFFFFAA),
+        (MMIO_WRITE, 2, SCRATCH + 4, 0xFFFFBBCC),
+    )
+    assert probe.ram[SCRATCH : SCRATCH + 8] == bytes.fromhex("11aa3344 ccbb7788")
+    assert [probe.read(MMIO_READ, width, SCRATCH + 1) for width in (1, 2, 4)] == [
+        0xAA,
+        0x33AA,
+        0xCC4433AA,
+    ]
+
+
+def test_widths_of_port_accesses(probe: Probe) -> None:
+    probe.run((PORT_OUT, 4, 0xCF8, 0x80001800))
+    assert probe.read(PORT_IN, 4, 0xCF8) == 0x80001800
+    assert probe.read(PORT_IN, 4, 0xCFC) == 0x11E81234
+    assert probe.read(PORT_IN, 2, 0xCFE) == 0x11E8
+    assert probe.read(PORT_IN, 1, 0xCFD) == 0x12
+
+
+def test_widths_of_configuration_accesses(probe: Probe) -> None:
+    edu = 3 << 11
+    assert probe.read(CFG_READ, 4, edu) == 0x11E81234
+    assert probe.read(CFG_READ, 2, edu + 2) == 0x11E8
+    assert [probe.read(CFG_READ, 1, edu + i) for i in range(4)] == [0x34, 0x12, 0xE8, 0x11]
+    assert probe.read(CFG_READ, 4, 31 << 11 | 7 << 8 | 0xFC) in (0, 0xFFFFFFFF)
+    bar = edu + 0x10
+    probe.run((CFG_WRITE, 4, bar, 0), (CFG_WRITE, 2, bar + 2, 0x1230))
+    probe.run((CFG_WRITE, 1, bar + 3, 0xC0))
+    assert probe.read(CFG_READ, 4, bar) == 0xC0300000
+
+
+def test_msrs(probe: Probe) -> None:
+    assert probe.read(MSR_READ, 0, 0x1B) == 0xFEE00900
+    sysenter_eip = 0x176
+    probe.run((MSR_WRITE, 0, sysenter_eip, 0x12345678))
+    assert probe.read(MSR_READ, 0, sysenter_eip) == 0x12345678
+    pat = 0x277
+    probe.run((MSR_WRITE, 0, pat, 0x0007040600070406))
+    assert probe.read(MSR_READ, 0, pat) == 0x0007040600070406
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        (0, 4, 0, 0),
+        (11, 4, 0, 0),
+        (MMIO_READ, 0, SCRATCH, 0),
+        (MMIO_READ, 3, SCRATCH, 0),
+        (MMIO_WRITE, 8, SCRATCH, 0),
+        (MMIO_READ, 4, 1 << 32, 0),
+        (PORT_IN, 1, 0x10000, 0),
+        (CFG_READ, 1, 1 << 24, 0),
+        (CFG_READ, 2, 3, 0),
+        (MSR_READ, 0, 1 << 32, 0),
+    ],
+)
+def test_a_refused_operation_ends_its_batch(probe: Probe, refused: Op) -> None:
+    mark = (MMIO_WRITE, 4, SCRATCH, 1)
+    probe.run((MMIO_WRITE, 4, SCRATCH, 0), (MMIO_WRITE, 4, SCRATCH + 4, 0))
+    result, _ = probe.batch(mark, refused, (MMIO_WRITE, 4, SCRATCH + 4, 1))
+    assert result == 2
+    assert [probe.read(MMIO_READ, 4, SCRATCH + i) for i in (0, 4)] == [1, 0]
+    assert probe.state == READY
+
+
+def test_the_length_of_a_batch(probe: Probe) -> None:
+    assert probe.batch() == (0, [])
+    values = probe.run(*((MMIO_READ, 2, SCRATCH, 1 << 40) for _ in range(OPS - 1)), (NOP, 0, 0, 7))
+    assert values[-1] == 7
+    assert all(value < 1 << 16 for value in values[:-1])
+    assert probe.batch(count=OPS + 1)[0] == OPS + 1
+
+
+def test_every_vector_is_taken_once_and_told_apart(probe: Probe) -> None:
+    vectors = [vector for vector in range(0x20, SPURIOUS) if vector != TIMER]
+    before = [probe.counter(vector) for vector in vectors]
+    first = probe.log_count
+    probe.interrupt_self(*vectors)
+    assert [probe.counter(vector) for vector in vectors] == [count + 1 for count in before]
+    assert probe.log_count == first + len(vectors)
+    deliveries = [probe.delivery(first + i) for i in range(len(vectors))]
+    assert [vector for _, vector, _ in deliveries] == vectors
+    assert [number for _, _, number in deliveries] == list(range(first, first + len(vectors)))
+    assert deliveries == sorted(deliveries)  # by time
+    assert all(probe.counter(vector) == 0 for vector in range(0x20))
+
+
+def test_the_log_wraps_and_its_count_does_not(probe: Probe) -> None:
+    first = probe.log_count
+    for _ in range(4):
+        probe.interrupt_self(*[0x51] * 300)
+    assert probe.log_count == first + 1200
+    numbers = range(first + 1200 - LOG, first + 1200)
+    assert [probe.delivery(number)[1:] for number in numbers] == [(0x51, n) for n in numbers]
+
+
+def test_an_interrupt_waits_while_interrupts_are_off(probe: Probe) -> None:
+    probe.run((INTERRUPTS, 0, 0, 0))
+    count, ticks, loops = probe.counter(0x52), probe.counter(TIMER), probe.loops
+    probe.interrupt_self(0x52, 0x52)
+    time.sleep(0.05)
+    assert (probe.counter(0x52), probe.counter(TIMER)) == (count, ticks)
+    assert probe.loops > loops + 100
+    probe.run((INTERRUPTS, 0, 0, 1))
+    assert probe.counter(0x52) == count + 1  # the LAPIC holds one of a vector
+    probe.wait(lambda: probe.counter(TIMER) > ticks + 2)
+
+
+def test_an_msi_from_a_device(probe: Probe) -> None:
+    edu, bar, vector = 3 << 11, 0xE0000000, 0x61
+    raise_register, acknowledge = bar + 0x60, bar + 0x64
+    memory_and_master = 6
+    capability = probe.read(CFG_READ, 1, edu + 0x34)
+    while probe.read(CFG_READ, 1, edu + capability) != 5:
+        capability = probe.read(CFG_READ, 1, edu + capability + 1)
+        assert capability
+    probe.run(
+        (CFG_WRITE, 4, edu + 0x10, bar),
+        (CFG_WRITE, 2, edu + 4, memory_and_master),
+        (CFG_WRITE, 4, edu + capability + 4, 0xFEE00000),
+        (CFG_WRITE, 4, edu + capability + 8, 0),
+        (CFG_WRITE, 2, edu + capability + 12, vector),
+        (CFG_WRITE, 2, edu + capability + 2, 0x81),
+    )
+    assert probe.read(MMIO_READ, 4, bar) == 0x010000ED
+    probe.run((MMIO_WRITE, 4, bar + 4, 0x12345678))
+    assert probe.read(MMIO_READ, 4, bar + 4) == 0xEDCBA987
+    first, before = probe.log_count, probe.counter(vector)
+    for _ in range(3):
+        probe.run((MMIO_WRITE, 4, raise_register, 1), (MMIO_WRITE, 4, acknowledge, 1))
+    assert probe.counter(vector) == before + 3
+    assert [probe.delivery(first + i)[1] for i in range(3)] == [vector] * 3
+    assert probe.log_count == first + 3
+
+
+def test_half_a_sequence_number_is_not_a_request(probe: Probe) -> None:
+    done = probe.u32(0x034)
+    for other in (done - 1, done + 2, done ^ 0x100):
+        probe.put(0x030, other & 0xFFFFFFFF)
+        time.sleep(0.005)
+        assert probe.u32(0x034) == done
+    assert probe.batch((NOP, 0, 0, 0))[0] == 0
+
+
+def test_the_guest_starts_anew_after_a_reset(doomed_probe: Probe) -> None:
+    doomed_probe.interrupt_self(0x53)
+    doomed_probe.run((INTERRUPTS, 0, 0, 0))
+    doomed_probe.post((PORT_OUT, 1, 0xCF9, 6))
+    doomed_probe.wait(lambda: doomed_probe.u32(0x030) == 0 and doomed_probe.state == READY)
+    assert (doomed_probe.counter(0x53), doomed_probe.log_count) == (0, 0)
+    doomed_probe.interrupt_self(0x54)
+    assert doomed_probe.delivery(0)[1:] == (0x54, 0)
+
+
+def test_an_exception_is_recorded_and_stops_the_guest(doomed_probe: Probe) -> None:
+    doomed_probe.post((MSR_READ, 0, X2APIC_ID, 0))
+    doomed_probe.wait(lambda: doomed_probe.state == FAULTED)
+    vector, error, eip = (doomed_probe.u32(offset) for offset in (0x00C, 0x010, 0x014))
+    assert (vector, error) == (13, 0)
+    assert doomed_probe.ram[eip : eip + 2] == b"\x0f\x32"  # rdmsr
+    assert doomed_probe.u32(0x034) == 0
+    loops = doomed_probe.loops
+    time.sleep(0.02)
+    assert doomed_probe.loops == loops
+
+
+def test_an_interrupt_on_an_exception_vector_is_a_fault(doomed_probe: Probe) -> None:
+    doomed_probe.post((MMIO_WRITE, 4, ICR_LOW, TO_SELF | 0x1A))
+    doomed_probe.wait(lambda: doomed_probe.state == FAULTED)
+    assert (doomed_probe.u32(0x00C), doomed_probe.counter(0x1A)) == (0x1A, 1)
