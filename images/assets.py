@@ -9,25 +9,34 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from images import apt, cpio, kernel_build, needs, probe
 from images.cache import Cache, Recipe, digest, sha256_of
 from images.errors import BadInputError, EnvironmentFault
 from images.progress import Progress
-from images.sysroot import FIRMWARE, LOADER, QEMU_BINARY, Sysroot, shared_objects
+from images.sysroot import FIRMWARE, LIBRARIES, LOADER, QEMU_BINARY, Sysroot, shared_objects
 
-__all__ = ["BuiltKernel", "CustomQemu", "DebianKernel", "Kernel", "LabRoot", "PackagedQemu",
-           "Probe", "SysrootImage", "Tools", "Tree", "lab_kernel"]
+__all__ = [
+    "BuiltKernel",
+    "CustomQemu",
+    "DebianKernel",
+    "FromPackages",
+    "Kernel",
+    "LabRoot",
+    "PackagedQemu",
+    "Probe",
+    "SysrootImage",
+    "Tools",
+    "Tree",
+    "lab_kernel",
+]
 
 HERE = Path(__file__).parent
 #: Where everything but a chosen QEMU comes from.
 SUITE = "trixie-backports"
-#: What a booted tree never reads.
-LITTER = ("./usr/share/doc/*", "./usr/share/man/*", "./usr/share/locale/*",
-          "./usr/share/lintian/*", "./usr/share/bug/*", "./usr/lib/python3/*")
 
 
 def _source_of(*things: object) -> str:
@@ -35,31 +44,55 @@ def _source_of(*things: object) -> str:
     return digest([inspect.getsource(thing) for thing in things])  # type: ignore[arg-type]
 
 
-class _FromPackages(Recipe):
+class FromPackages(Recipe):
     """A recipe whose input is a selection of Debian packages."""
 
     suite: str = SUITE
     packages: tuple[str, ...] = ()
+    #: Which of the selected packages are unpacked: a regular expression.
+    unpacked = ".*"
+    #: A selection made once is kept until `update`.
+    lasting = False
+    #: What a booted tree never reads.
+    litter: tuple[str, ...] = (
+        "./usr/share/doc/*",
+        "./usr/share/man/*",
+        "./usr/share/locale/*",
+        "./usr/share/lintian/*",
+        "./usr/share/bug/*",
+        "./usr/lib/python3/*",
+    )
 
-    def selection(self, cache: Cache, progress: Progress | None = None) -> apt.Selection:
-        return apt.resolve(cache, self.suite, self.packages, progress=progress)
+    def selection(
+        self, cache: Cache, progress: Progress | None = None, *, refresh: bool = False
+    ) -> apt.Selection:
+        whole = apt.resolve(
+            cache,
+            self.suite,
+            self.packages,
+            refresh=refresh,
+            lasting=self.lasting,
+            progress=progress,
+        )
+        return replace(
+            whole, debs=tuple(deb for deb in whole.debs if re.match(self.unpacked, deb.name))
+        )
 
     def key(self, cache: Cache) -> str:
-        return digest(self.selection(cache).key, _source_of(type(self)))
+        return digest(self.selection(cache).key, _source_of(type(self), FromPackages, apt.unpack))
 
-    def _unpack(self, into: Path, cache: Cache, progress: Progress,
-                drop: Iterable[str] = ()) -> None:
+    def _unpack(self, into: Path, cache: Cache, progress: Progress) -> None:
         selection = self.selection(cache, progress)
         debs = apt.fetch(cache, selection, progress, self.title)
         with progress.step(f"{self.title}: unpacking"):
-            apt.unpack(debs, into, drop=(*LITTER, *drop))
+            apt.unpack(debs, into, drop=self.litter)
 
 
 class Tree(Recipe):
     """A recipe that makes a sysroot, in ``tree`` below its asset."""
 
 
-class PackagedQemu(_FromPackages, Tree):
+class PackagedQemu(FromPackages, Tree):
     """A packaged ``qemu-system-x86`` with every library and firmware file it needs."""
 
     space = 600 << 20
@@ -92,23 +125,32 @@ class CustomQemu(Tree):
         self.sysroot = sysroot.absolute() if sysroot else None
         self.title = f"QEMU {binary}"
         self.critical = (f"tree/{QEMU_BINARY}",)
+        if not self.binary.is_file():
+            raise BadInputError(f"{binary}: no such file")
         if self.sysroot and not (self.sysroot / LOADER).exists():
-            raise BadInputError(f"--qemu-sysroot {sysroot}: no {LOADER} below it; "
-                                "a root tree with its own libraries is expected")
+            raise BadInputError(
+                f"--qemu-sysroot {sysroot}: no {LOADER} below it; "
+                "a root tree with its own libraries is expected"
+            )
 
     def _libraries(self) -> list[tuple[Path, str]]:
         if self.sysroot is None:
             found = list(shared_objects(self.binary))
             return [(path, str(LOADER.parent / path.name)) for path in found]
-        return [(path, str(path.relative_to(self.sysroot)))
-                for directory in ("usr/lib/x86_64-linux-gnu", "usr/lib")
-                for path in sorted((self.sysroot / directory).glob("*.so*")) if path.is_file()]
+        return [
+            (path, str(path.relative_to(self.sysroot)))
+            for directory in LIBRARIES
+            for path in sorted((self.sysroot / directory).glob("*.so*"))
+            if path.is_file()
+        ]
 
     def key(self, cache: Cache) -> str:
-        stats = [(name, path.stat().st_size, path.stat().st_mtime_ns)
-                 for path, name in self._libraries()]
-        return digest(sha256_of(self.binary), stats, PackagedQemu().key(cache),
-                      _source_of(CustomQemu))
+        stats = [
+            (name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in self._libraries()
+        ]
+        return digest(
+            sha256_of(self.binary), stats, PackagedQemu().key(cache), _source_of(CustomQemu)
+        )
 
     def build(self, into: Path, cache: Cache, progress: Progress) -> None:
         tree = into / "tree"
@@ -118,15 +160,17 @@ class CustomQemu(Tree):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
         if not (tree / LOADER).exists():
-            raise BadInputError(f"{self.title}: not linked against {LOADER.name}; "
-                                "the lab host runs x86_64 glibc binaries")
+            raise BadInputError(
+                f"{self.title}: not linked against {LOADER.name}; "
+                "the lab host runs x86_64 glibc binaries"
+            )
         packaged = cache.ensure(PackagedQemu(), progress) / "tree"
         for name in FIRMWARE:
             if (packaged / name).is_dir():
                 shutil.copytree(packaged / name, tree / name, symlinks=True)
 
 
-class Tools(_FromPackages):
+class Tools(FromPackages):
     """mkfs.erofs and depmod for the builder itself, so that the machine need not have them."""
 
     name = "tools"
@@ -143,9 +187,20 @@ class Tools(_FromPackages):
         # Uncompressed: the page cache of this machine holds the image, and decompressing
         # under emulation costs more than reading.
         tools = Sysroot(cache.ensure(cls(), progress))
-        _run([*tools.program("usr/bin/mkfs.erofs"), "--all-root", "-T", "0",
-              "-U", "00000000-0000-0000-0000-000000000000", "--quiet", str(image), str(source)],
-             f"packing {image.name}")
+        _run(
+            [
+                *tools.program("usr/bin/mkfs.erofs"),
+                "--all-root",
+                "-T",
+                "0",
+                "-U",
+                "00000000-0000-0000-0000-000000000000",
+                "--quiet",
+                str(image),
+                str(source),
+            ],
+            f"packing {image.name}",
+        )
 
 
 class SysrootImage(Recipe):
@@ -177,7 +232,7 @@ class Kernel(Recipe):
     critical = ("vmlinuz", "initrd")
 
 
-class DebianKernel(_FromPackages, Kernel):
+class DebianKernel(FromPackages, Kernel):
     """Debian's own kernel, prebuilt: nothing to compile, slower to boot.
 
     It has the type1 container but neither IOMMUFD nor VFIO_NOIOMMU.
@@ -187,41 +242,67 @@ class DebianKernel(_FromPackages, Kernel):
     title = "Debian's kernel"
     space = 700 << 20
     packages = ("linux-image-amd64",)
+    # Their dependencies (initramfs tools, ...) are for installing a kernel on a machine.
+    unpacked = r"linux-(base|binary|modules|image)-\d.*-amd64$"
     #: Loaded by the initrd, in this order.  Everything else is built in or not needed.
-    modules = ("virtio_pci", "virtio_blk", "erofs", "virtio_net", "qemu_fw_cfg", "virtio_rng",
-               "vfio-pci", "vfio_iommu_type1", "kvm-amd", "kvm-intel", "overlay")
+    modules = (
+        "virtio_pci",
+        "virtio_blk",
+        "erofs",
+        "virtio_net",
+        "qemu_fw_cfg",
+        "virtio_rng",
+        "vfio-pci",
+        "vfio_iommu_type1",
+        "kvm-amd",
+        "kvm-intel",
+        "overlay",
+    )
 
     #: Most of 4,000 modules, which depmod would have to read: 8 s with them, 2 s without.
-    drivers_left_out = tuple(f"./usr/lib/modules/*/kernel/{path}/*" for path in (
-        "sound", "drivers/gpu", "drivers/media", "drivers/net/wireless", "drivers/net/ethernet",
-        "drivers/usb", "drivers/iio", "drivers/staging", "drivers/hwmon", "drivers/input",
-        "drivers/scsi", "drivers/mtd", "drivers/infiniband", "drivers/platform", "net/netfilter"))
+    litter = FromPackages.litter + tuple(
+        f"./usr/lib/modules/*/kernel/{path}/*"
+        for path in (
+            "sound",
+            "drivers/gpu",
+            "drivers/media",
+            "drivers/net/wireless",
+            "drivers/net/ethernet",
+            "drivers/usb",
+            "drivers/iio",
+            "drivers/staging",
+            "drivers/hwmon",
+            "drivers/input",
+            "drivers/scsi",
+            "drivers/mtd",
+            "drivers/infiniband",
+            "drivers/platform",
+            "net/netfilter",
+        )
+    )
 
-    def selection(self, cache: Cache, progress: Progress | None = None) -> apt.Selection:
-        # The image and its modules alone: their dependencies (initramfs tools and what those
-        # need) are for installing a kernel on a machine.
-        whole = apt.resolve(cache, self.suite, self.packages, progress=progress)
-        debs = tuple(deb for deb in whole.debs
-                     if re.match(r"linux-(base|binary|modules|image)-\d.*-amd64$", deb.name))
-        if not debs:
-            raise EnvironmentFault(f"no kernel among the packages of linux-image-amd64 in "
-                                   f"{self.suite}")
-        return apt.Selection(self.suite, self.packages, debs)
+    def key(self, cache: Cache) -> str:
+        helpers = _source_of(_initrd_skeleton, cpio, _module_name, _decompressed)
+        return digest(super().key(cache), Tools().key(cache), helpers)
 
     def build(self, into: Path, cache: Cache, progress: Progress) -> None:
         unpacked = into / "unpacked"
-        self._unpack(unpacked, cache, progress, drop=self.drivers_left_out)
+        self._unpack(unpacked, cache, progress)
         modules = next((unpacked / "usr/lib/modules").iterdir())
         version = modules.name
         # Where Debian's packages put the image has changed with 7.x.
-        image = next(path for path in (modules / "vmlinuz", unpacked / f"boot/vmlinuz-{version}")
-                     if path.exists())
-        tools = Sysroot(cache.ensure(Tools(), progress))
+        image = next(
+            path
+            for path in (modules / "vmlinuz", unpacked / f"boot/vmlinuz-{version}")
+            if path.exists()
+        )
+        tools = cache.ensure(Tools(), progress)
         with progress.step(f"{self.title}: initrd"):
-            _run([*tools.program("usr/bin/kmod")[:3], "--argv0", "depmod",
-                  str(tools.root / "usr/bin/kmod"), "-b", str(unpacked), version], "depmod")
+            # kmod goes by the name it is started with.
+            loader, *rest = Sysroot(tools).program("usr/bin/kmod", "-b", str(unpacked), version)
+            _run([loader, "--argv0", "depmod", *rest], "depmod")
             order = self._load_order(modules)
-            archive = _initrd_skeleton(Path(tools.root), order)
+            archive = _initrd_skeleton(tools, order)
             for path in order:
                 archive.file(f"modules/{_module_name(path)}.ko", _decompressed(modules / path))
             (into / "initrd").write_bytes(archive.finish())
@@ -233,10 +314,11 @@ class DebianKernel(_FromPackages, Kernel):
         """The files of ``modules`` with everything they depend on, dependencies first."""
         depends = {}
         for line in (modules / "modules.dep").read_text().splitlines():
-            path, _, needed = line.partition(":")
-            depends[_module_name(path)] = (path, needed.split())
-        builtin = {_module_name(line)
-                   for line in (modules / "modules.builtin").read_text().splitlines()}
+            path, _, others = line.partition(":")
+            depends[_module_name(path)] = (path, others.split())
+        builtin = {
+            _module_name(line) for line in (modules / "modules.builtin").read_text().splitlines()
+        }
         order: dict[str, None] = {}
         for name in (_module_name(module) for module in self.modules):
             if name in depends:
@@ -248,7 +330,7 @@ class DebianKernel(_FromPackages, Kernel):
         return list(order)
 
 
-class BuiltKernel(_FromPackages, Kernel):
+class BuiltKernel(FromPackages, Kernel):
     """Our own kernel from Debian's source package: everything built in, IOMMUFD included.
 
     Made by ``python -m images build kernel`` only; it takes minutes and a compiler's friends.
@@ -257,20 +339,15 @@ class BuiltKernel(_FromPackages, Kernel):
     name = "kernel-built"
     title = "Lab-host kernel"
     space = 4 << 30
+    packages = ("linux-source",)
+    unpacked = r"linux-source-\d"
+    # Minutes of compiling are not to be lost to a new version that nobody asked for.
+    lasting = True
     fragment = HERE / "kernel.config"
 
-    @property
-    def packages(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("linux-source",)
-
-    def selection(self, cache: Cache, progress: Progress | None = None) -> apt.Selection:
-        whole = apt.resolve(cache, self.suite, self.packages, progress=progress)
-        debs = tuple(deb for deb in whole.debs if re.match(r"linux-source-\d", deb.name))
-        return apt.Selection(self.suite, self.packages, debs)
-
     def key(self, cache: Cache) -> str:
-        return digest(self.selection(cache).key, self.fragment.read_text(),
-                      _source_of(kernel_build), _source_of(_initrd_skeleton))
+        helpers = _source_of(kernel_build, _initrd_skeleton, cpio)
+        return digest(self.selection(cache).key, self.fragment.read_text(), helpers)
 
     def build(self, into: Path, cache: Cache, progress: Progress) -> None:
         needs.require(needs.KERNEL, "the kernel")
@@ -280,13 +357,24 @@ class BuiltKernel(_FromPackages, Kernel):
         log = cache.root / "logs" / "kernel.log"
         log.parent.mkdir(exist_ok=True)
         with progress.step(f"{self.title}: building (log: {log})") as report:
-            kernel_build.build(tarball, self.fragment, into, log=log, jobs=os.cpu_count() or 1,
-                               progress=lambda text: report(0, text))
-        tools = Path(cache.ensure(Tools(), progress))
-        (into / "bzImage").rename(into / "vmlinuz")
+            # Its source tree lies beside its output, and so in our scratch, which gets removed
+            # whatever happens.
+            kernel_build.build(
+                tarball,
+                self.fragment,
+                into / "built",
+                log=log,
+                jobs=os.cpu_count() or 1,
+                progress=lambda text: report(0, text),
+            )
+        tools = cache.ensure(Tools(), progress)
+        (into / "built/bzImage").rename(into / "vmlinuz")
+        (into / "built/config").rename(into / "config")
+        (into / "built").rmdir()
         (into / "initrd").write_bytes(_initrd_skeleton(tools, ()).finish())
         (into / "version").write_text(
-            tarball.name.removeprefix("linux-source-").removesuffix(".tar.xz") + " (built)")
+            tarball.name.removeprefix("linux-source-").removesuffix(".tar.xz") + " (built)"
+        )
         shutil.rmtree(unpacked)
 
 
@@ -303,7 +391,7 @@ def lab_kernel(cache: Cache, choice: str = "auto") -> Kernel:
     return DebianKernel()
 
 
-class LabRoot(_FromPackages):
+class LabRoot(FromPackages):
     """The lab host's root file system: busybox, sshd, and an init of a page."""
 
     name = "labroot"
@@ -315,7 +403,7 @@ class LabRoot(_FromPackages):
 
     def key(self, cache: Cache) -> str:
         ours = {path.name: path.read_text() for path in sorted(self.files.iterdir())}
-        return digest(super().key(cache), ours, Tools().key(cache))
+        return digest(super().key(cache), ours, Tools().key(cache), _source_of(_install_busybox))
 
     def build(self, into: Path, cache: Cache, progress: Progress) -> None:
         tree = into / "tree"
@@ -325,8 +413,7 @@ class LabRoot(_FromPackages):
                 (tree / name).mkdir(exist_ok=True)
             _install_busybox(tree)
             for source in self.files.iterdir():
-                target = tree / ("usr/sbin/init" if source.name == "init"
-                                 else f"etc/{source.name}")
+                target = tree / ("usr/sbin/init" if source.name == "init" else f"etc/{source.name}")
                 target.unlink(missing_ok=True)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, target)
@@ -342,14 +429,15 @@ class Probe(Recipe):
     title = "Probe guest"
     critical = ("probe.bin",)
 
-    def key(self, cache: Cache) -> str:
-        return digest({path.name: path.read_text() for path in probe.SOURCES},
-                      _source_of(probe))
+    def key(self, _cache: Cache) -> str:
+        return digest({path.name: path.read_text() for path in probe.SOURCES}, _source_of(probe))
 
-    def build(self, into: Path, cache: Cache, progress: Progress) -> None:
+    def build(self, into: Path, _cache: Cache, progress: Progress) -> None:
         if shutil.which("gcc") is None:
-            raise EnvironmentFault("gcc is needed to compile the probe guest and is not on this "
-                                   "machine: apt-get install gcc")
+            raise EnvironmentFault(
+                "gcc is needed to compile the probe guest and is not on this "
+                "machine: apt-get install gcc"
+            )
         with progress.step(self.title):
             try:
                 probe.build(into / "probe.bin")
@@ -385,17 +473,25 @@ def _initrd_skeleton(tools: Path, modules: Iterable[str]) -> cpio.Archive:
         archive.directory(directory)
     archive.device("dev/console", 5, 1)
     archive.file("bin/busybox", (tools / "usr/bin/busybox").read_bytes(), 0o755)
-    lines = ["#!/bin/busybox sh", "# Loads what the root image needs, mounts it, hands over.",
-             "b=/bin/busybox", "$b mount -t devtmpfs none /dev", "$b mount -t sysfs none /sys",
-             *(f"$b insmod /modules/{_module_name(path)}.ko"
-               # The processor has one of the two.
-               + (" 2>/dev/null" if _module_name(path) in ("kvm_intel", "kvm_amd") else "")
-               for path in modules),
-             # The disk is there once its driver has probed, which insmod does not wait for.
-             "n=0; while [ ! -b /dev/vda ] && [ $n -lt 500 ]; do $b usleep 10000; n=$((n+1)); done",
-             "$b mount -t erofs -o ro /dev/vda /root || exec $b sh",
-             "$b mount -o move /dev /root/dev; $b umount /sys",
-             "exec $b switch_root /root /usr/sbin/init", ""]
+    lines = [
+        "#!/bin/busybox sh",
+        "# Loads what the root image needs, mounts it, hands over.",
+        "b=/bin/busybox",
+        "$b mount -t devtmpfs none /dev",
+        "$b mount -t sysfs none /sys",
+        *(
+            f"$b insmod /modules/{_module_name(path)}.ko"
+            # The processor has one of the two.
+            + (" 2>/dev/null" if _module_name(path) in ("kvm_intel", "kvm_amd") else "")
+            for path in modules
+        ),
+        # The disk is there once its driver has probed, which insmod does not wait for.
+        "n=0; while [ ! -b /dev/vda ] && [ $n -lt 500 ]; do $b usleep 10000; n=$((n+1)); done",
+        "$b mount -t erofs -o ro /dev/vda /root || exec $b sh",
+        "$b mount -o move /dev /root/dev; $b umount /sys",
+        "exec $b switch_root /root /usr/sbin/init",
+        "",
+    ]
     archive.file("init", "\n".join(lines).encode(), 0o755)
     return archive
 
@@ -403,10 +499,6 @@ def _initrd_skeleton(tools: Path, modules: Iterable[str]) -> cpio.Archive:
 def _run(argv: list[str], what: str) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise EnvironmentFault(f"{what} failed ({done.returncode}): {' '.join(argv)}\n"
-                               f"{(done.stderr or done.stdout).strip()}")
+        output = (done.stderr or done.stdout).strip() or "no reason given"
+        raise EnvironmentFault(f"{what} failed ({done.returncode}): {output.splitlines()[-1]}")
     return done.stdout
-
-
-if sys.maxsize < 2**32:  # pragma: no cover
-    raise EnvironmentFault("a 64-bit machine is needed")
