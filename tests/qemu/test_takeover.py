@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from fixtures.bench import VECTORS, Bench
@@ -20,12 +18,6 @@ def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
     rig.fire(*rig.vectors)
     rig.check()
     return rig.take_over()
-
-
-@pytest.fixture(autouse=True)
-def _count_from_here(taken_over: TakenOver) -> Iterator[None]:
-    taken_over.rig.begin()
-    yield
 
 
 def test_each_vector_was_delivered_exactly_once_before_cpr(taken_over: TakenOver) -> None:

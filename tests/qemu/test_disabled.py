@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""MSI-X is disabled, never having been enabled or after use; then new QEMU takes over."""
+
+from __future__ import annotations
+
+import pytest
+
+from fixtures.bench import Bench
+from fixtures.rig import TakenOver
+
+SCENES = [(vectors, used) for vectors in (1, 8, 64) for used in (False, True)]
+
+
+@pytest.fixture(scope="module", params=SCENES,
+                ids=lambda p: f"{p[0]}-{'after-use' if p[1] else 'never-used'}")
+def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
+    vectors, used = request.param
+    rig = bench.rig(vectors, request.addfinalizer)
+    if used:
+        rig.enable()
+        rig.program(*rig.vectors)
+        rig.unmask(*rig.vectors)
+        rig.fire(*rig.vectors)
+        rig.mask(*rig.vectors)
+        rig.disable()
+        rig.check()
+    return rig.take_over()
+
+
+def test_it_is_disabled_after_cpr(taken_over: TakenOver) -> None:
+    assert taken_over.after.config.hex(" ", 4) == taken_over.before.config.hex(" ", 4)
+    assert taken_over.after.table.hex(" ", 16) == taken_over.before.table.hex(" ", 16)
+
+
+def test_nothing_is_delivered_by_the_takeover(taken_over: TakenOver) -> None:
+    assert taken_over.after.log_count == taken_over.before.log_count
+
+
+def test_it_can_be_enabled_after_cpr_and_every_vector_fires(taken_over: TakenOver) -> None:
+    rig = taken_over.rig
+    rig.enable()
+    rig.program(*rig.vectors)
+    rig.unmask(*rig.vectors)
+    rig.fire(*rig.vectors)
+    rig.check()
