@@ -13,15 +13,40 @@ pytest_plugins = ["fixtures.plugin", "fixtures.evidence.verdict"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vfio-cpr-suite")
     group.addoption("--qemu", type=Path, metavar="PATH", help="verify this QEMU binary")
-    group.addoption("--qemu-sysroot", type=Path, metavar="DIR",
-                    help="the root tree that binary belongs to, if its libraries are not here")
-    group.addoption("--qemu-suite", metavar="SUITE",
-                    help="verify the QEMU of this Debian suite (default: trixie-backports)")
+    group.addoption(
+        "--qemu-sysroot",
+        type=Path,
+        metavar="DIR",
+        help="the root tree that binary belongs to, if its libraries are not here",
+    )
+    group.addoption(
+        "--firmware",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a directory with firmware for that binary, as QEMU's -L",
+    )
+    group.addoption(
+        "--qemu-suite",
+        metavar="SUITE",
+        help="verify the QEMU of this Debian suite (default: trixie-backports)",
+    )
     group.addoption("--qemu-version", metavar="VERSION", help="this Debian version of it")
-    group.addoption("--lab-kernel", choices=("auto", "built", "debian"), default="auto",
-                    help="the lab host's kernel: our own, Debian's, or our own if it is there")
+    group.addoption(
+        "--lab-kernel",
+        choices=("auto", "built", "debian"),
+        default="auto",
+        help="the lab host's kernel: our own, Debian's, or our own if it is there",
+    )
     group.addoption("--cache", type=Path, metavar="DIR", help="where images are kept")
-    group.addoption("--evidence", type=Path, metavar="DIR", default=Path("evidence"),
-                    help="where failing cases leave evidence (default: evidence/)")
-    group.addoption("--verdict-json", type=Path, metavar="FILE",
-                    help="write the verdict as JSON too")
+    group.addoption(
+        "--evidence",
+        type=Path,
+        metavar="DIR",
+        default=Path("evidence"),
+        help="where failing cases leave evidence (default: evidence/)",
+    )
+    group.addoption(
+        "--verdict-json", type=Path, metavar="FILE", help="write the verdict as JSON too"
+    )

@@ -11,8 +11,9 @@ from fixtures.rig import TakenOver
 SCENES = [(vectors, used) for vectors in (1, 8, 64) for used in (False, True)]
 
 
-@pytest.fixture(scope="module", params=SCENES,
-                ids=lambda p: f"{p[0]}-{'after-use' if p[1] else 'never-used'}")
+@pytest.fixture(
+    scope="module", params=SCENES, ids=lambda p: f"{p[0]}-{'after-use' if p[1] else 'never-used'}"
+)
 def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
     vectors, used = request.param
     rig = bench.rig(vectors, request.addfinalizer)

@@ -36,16 +36,14 @@ def test_pending_bits_are_the_same_after_cpr(taken_over: TakenOver) -> None:
     assert taken_over.after.pending == taken_over.before.pending
 
 
-def test_vectors_that_fire_behind_the_function_mask_become_pending(
-        taken_over: TakenOver) -> None:
+def test_vectors_that_fire_behind_the_function_mask_become_pending(taken_over: TakenOver) -> None:
     rig = taken_over.rig
     rig.function_mask(True)
     rig.fire(rig.vectors[-1])
     rig.check()
 
 
-def test_all_pending_vectors_are_delivered_once_when_it_is_cleared(
-        taken_over: TakenOver) -> None:
+def test_all_pending_vectors_are_delivered_once_when_it_is_cleared(taken_over: TakenOver) -> None:
     rig = taken_over.rig
     rig.function_mask(False)
     rig.await_delivery(*rig.vectors)

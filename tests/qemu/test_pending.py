@@ -70,8 +70,9 @@ def test_nothing_masked_is_delivered_by_the_takeover(taken_over: TakenOver) -> N
     assert taken_over.after.log_count == taken_over.before.log_count
 
 
-def test_vectors_that_fire_while_masked_after_cpr_become_pending(taken_over: TakenOver,
-                                                                 scene: Scene) -> None:
+def test_vectors_that_fire_while_masked_after_cpr_become_pending(
+    taken_over: TakenOver,
+) -> None:
     rig = taken_over.rig
     rig.fire(*rig.vectors[:3], *rig.vectors[-3:])
     rig.check()

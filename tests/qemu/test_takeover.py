@@ -30,20 +30,23 @@ def test_each_vector_was_delivered_exactly_once_before_cpr(taken_over: TakenOver
 def test_nothing_is_delivered_by_the_takeover_itself(taken_over: TakenOver) -> None:
     function = taken_over.rig.function
     ours = range(function.idt_vector(0), function.idt_vector(function.size))
-    assert [taken_over.after.counters[n] - taken_over.before.counters[n] for n in ours] == \
-        [0] * function.size
+    assert [taken_over.after.counters[n] - taken_over.before.counters[n] for n in ours] == [
+        0
+    ] * function.size
     assert taken_over.after.log_count == taken_over.before.log_count, "a spurious interrupt"
 
 
 def test_each_vector_is_delivered_exactly_once_and_in_order_after_cpr(
-        taken_over: TakenOver) -> None:
+    taken_over: TakenOver,
+) -> None:
     rig = taken_over.rig
     rig.fire(*rig.vectors)
     rig.check()
 
 
 def test_masking_holds_a_vector_back_and_unmasking_delivers_it_after_cpr(
-        taken_over: TakenOver) -> None:
+    taken_over: TakenOver,
+) -> None:
     rig = taken_over.rig
     rig.mask(*rig.vectors)
     rig.fire(*rig.vectors)
@@ -66,8 +69,9 @@ def test_unmasked_vectors_bypass_qemu_again(taken_over: TakenOver) -> None:
 
 def test_new_qemu_holds_the_same_eventfds_by_name_and_vector(taken_over: TakenOver) -> None:
     before = taken_over.eventfds_before
-    assert set(before) >= {(name, n) for name in ("interrupt", "kvm_interrupt")
-                           for n in taken_over.rig.vectors}
+    assert set(before) >= {
+        (name, n) for name in ("interrupt", "kvm_interrupt") for n in taken_over.rig.vectors
+    }
     assert all(identity >= 0 for identity in before.values())
     assert dict(taken_over.eventfds_after) == dict(before)
 
@@ -94,13 +98,20 @@ def test_new_qemu_runs_and_old_qemu_is_left_in_postmigrate(taken_over: TakenOver
 def test_the_device_is_not_reset(taken_over: TakenOver) -> None:
     """By the device's own word: a register that every reset clears still holds its value."""
     assert taken_over.after.witness == taken_over.before.witness != 0
-    for event in ("vfio_pci_reset", "vfio_pci_reset_flr", "vfio_pci_reset_pm",
-                  "vfio_pci_hot_reset"):
+    for event in (
+        "vfio_pci_reset",
+        "vfio_pci_reset_flr",
+        "vfio_pci_reset_pm",
+        "vfio_pci_hot_reset",
+    ):
         assert taken_over.rig.machine.trace(event) == [], f"new QEMU traced {event}"
 
 
 def test_the_command_register_is_not_written(taken_over: TakenOver) -> None:
     """By the hardware's word, and by new QEMU's."""
     assert [line for line in taken_over.config_writes if " @0x4 " in line] == []
-    assert [write for write in taken_over.rig.machine.trace("vfio_pci_write_config")
-            if ", @0x4," in write] == []
+    assert [
+        write
+        for write in taken_over.rig.machine.trace("vfio_pci_write_config")
+        if ", @0x4," in write
+    ] == []
