@@ -22,17 +22,23 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 from images.cache import Cache, digest, sha256_of
-from images.errors import BadInputError, EnvironmentFault
-from images.progress import Progress
+from images.errors import BadInputError, EnvironmentFault, SuiteError
+from images.progress import Progress, Report
 
-__all__ = ["Deb", "Selection", "fetch", "resolve", "unpack"]
+__all__ = ["Deb", "Selection", "collect_garbage", "fetch", "resolve", "unpack"]
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 #: A selection is made anew after this long, so that "the newest" stays true; an archive
 #: that cannot be reached then is no error while the old selection is at hand.
 SELECTION_LIFETIME_S = 7 * 86400
-#: Suites whose packages build upon another suite's.
-BUILDS_ON = {"-backports": "", "-updates": "", "-proposed-updates": ""}
+#: When to ask again an archive that could not be reached.
+RETRY_S = 3600
+#: Package lists this young are not read again: one command resolves several selections.
+LISTS_LIFETIME_S = 60
+#: Bytes that a suite's lists and apt's caches of them take.
+LISTS_SPACE = 200 << 20
+#: What to do about a selection whose packages cannot be had any more.
+MOVED_ON = "if the archive has moved on, `python -m images update` selects anew"
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Selection:
 
     def version_of(self, package: str) -> str:
         """The version of a package of the selection, as Debian writes it."""
-        return next(deb.version for deb in self.debs if deb.name == package)
+        return {deb.name: deb.version for deb in self.debs}[package]
 
     @property
     def key(self) -> str:
@@ -69,35 +75,53 @@ class Selection:
         return sum(deb.size for deb in self.debs)
 
 
-def resolve(cache: Cache, suite: str, packages: Sequence[str], *, refresh: bool = False,
-            progress: Progress | None = None) -> Selection:
+def resolve(
+    cache: Cache,
+    suite: str,
+    packages: Sequence[str],
+    *,
+    refresh: bool = False,
+    lasting: bool = False,
+    progress: Progress | None = None,
+) -> Selection:
     """The closure of ``packages`` (``name`` or ``name=version``) in ``suite``.
 
+    :param refresh: ask the archive, and fail if it does not answer.
+    :param lasting: do not ask the archive if there is a selection, however old.
     :raises BadInputError: the archive has no such suite, package or version.
     :raises EnvironmentFault: no apt, or no archive to be reached.
     """
-    progress = progress or Progress()
-    pin = cache.root / "selections" / f"{suite}-{digest(list(packages))}.json"
-    known = _load(pin)
-    if known and not refresh and time.time() - pin.stat().st_mtime < SELECTION_LIFETIME_S:
-        return known
+    progress = progress or cache.progress
     state = _State(cache, suite)
-    with cache.lock(f"apt-{suite}", waiting_for="apt", progress=progress):
-        again = _load(pin)
-        if again and not refresh and time.time() - pin.stat().st_mtime < SELECTION_LIFETIME_S:
-            return again
+    pin = cache.root / "selections" / f"{suite}-{digest(list(packages))}.json"
+
+    def known() -> Selection | None:
+        selection, until = _load(pin)
+        if selection and not refresh and (lasting or time.time() < until):
+            os.utime(pin)  # "last used", for collect_garbage
+            return selection
+        return None
+
+    if selection := known():
+        return selection
+    with cache.lock("apt", waiting_for="downloads", progress=progress):
+        if selection := known():
+            return selection
+        until = time.time() + SELECTION_LIFETIME_S
         try:
+            cache.require_space(LISTS_SPACE, f"Package lists of {suite}")
             state.update(progress)
-            selection = state.select(packages)
-        except EnvironmentFault as error:
-            if known is None:
+            with progress.step(f"Selecting {' '.join(packages)} from {suite}"):
+                selection = state.select(packages)
+        except SuiteError as error:
+            selection, _ = _load(pin)
+            if selection is None or refresh:
                 raise
-            progress.say(f"the archive cannot be asked ({error}); using the selection of "
-                         f"{time.strftime('%Y-%m-%d', time.localtime(pin.stat().st_mtime))}")
-            return known
-        pin.parent.mkdir(parents=True, exist_ok=True)
-        scratch = pin.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(asdict(selection)))
+            progress.say(f"{error}; staying with the packages selected before")
+            until = time.time() + RETRY_S
+        pin.parent.mkdir(exist_ok=True)
+        scratch = pin.with_suffix(".new")
+        scratch.write_text(json.dumps({"until": until, **asdict(selection)}))
         scratch.rename(pin)
     return selection
 
@@ -105,51 +129,90 @@ def resolve(cache: Cache, suite: str, packages: Sequence[str], *, refresh: bool 
 def fetch(cache: Cache, selection: Selection, progress: Progress, title: str) -> list[Path]:
     """The selection's files, downloaded where they are missing; broken downloads resume."""
     archive = cache.root / "debs"
-    (archive / "partial").mkdir(parents=True, exist_ok=True)
     paths = [archive / _archive_name(deb) for deb in selection.debs]
 
     def lacking() -> list[Deb]:
-        return [deb for deb, path in zip(selection.debs, paths, strict=True)
-                if not path.is_file() or path.stat().st_size != deb.size
-                or sha256_of(path) != deb.sha256]
+        return [
+            deb
+            for deb, path in zip(selection.debs, paths, strict=True)
+            if not path.is_file()
+            or path.stat().st_size != deb.size
+            or sha256_of(path) != deb.sha256
+        ]
 
-    if missing := lacking():
-        state = _State(cache, selection.suite)
-        with cache.lock(f"apt-{selection.suite}", waiting_for="apt", progress=progress):
+    if not lacking():
+        return paths
+    state = _State(cache, selection.suite)
+    with cache.lock("apt", waiting_for="downloads", progress=progress):
+        if missing := lacking():
             for deb in missing:
                 (archive / _archive_name(deb)).unlink(missing_ok=True)
             if not state.has_lists():
                 state.update(progress)
             megabytes = sum(deb.size for deb in missing) / 1e6
-            with progress.step(f"{title}: downloading {len(missing)} packages, "
-                               f"{megabytes:.0f} MB") as report:
-                state.download(missing, report)
-        if still := lacking():
-            raise EnvironmentFault(
-                f"{title}: the archive did not serve {still[0].name} {still[0].version} "
-                "as selected; run `python -m images update` to select anew")
+            what = f"{title}: downloading {len(missing)} packages, {megabytes:.0f} MB"
+            try:
+                with progress.step(what) as report:
+                    state.download(missing, report)
+            except SuiteError as error:
+                raise EnvironmentFault(f"{title}: {error}; {MOVED_ON}") from error
+    if still := lacking():
+        deb = still[0]
+        raise EnvironmentFault(
+            f"{title}: the archive did not serve {deb.name} {deb.version} as selected; {MOVED_ON}"
+        )
     return paths
 
 
 def unpack(debs: Sequence[Path], into: Path, *, drop: Sequence[str] = ()) -> None:
-    """Unpack packages over each other into ``into`` and remove the paths named in ``drop``."""
-    into.mkdir(parents=True, exist_ok=True)
+    """Unpack packages over each other into ``into``, without the paths that match ``drop``.
+
+    Modes do not depend on who unpacks; nothing is left set-user-id, for a cache is no place
+    for a second ``su``.
+    """
     # With /usr merged, packages may still ship /lib or /bin.  The links must come first.
     for name in ("bin", "sbin", "lib", "lib64"):
         (into / "usr" / name).mkdir(parents=True, exist_ok=True)
         (into / name).symlink_to(f"usr/{name}")
+    # Not dpkg-deb -x: it would replace the links above by a package's directories.
+    tar = ["tar", "-x", "--keep-directory-symlink", "--no-same-owner", "--no-same-permissions"]
+    tar += [*(f"--exclude={path}" for path in drop), "-C", str(into)]
 
     def one(deb: Path) -> None:
-        # Not dpkg-deb -x: it would replace the links above by a package's directories.
-        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as tar:
-            subprocess.run(["tar", "-x", "--keep-directory-symlink", "--no-same-owner",
-                            "-C", into, *(f"--exclude={path}" for path in drop)],
-                           stdin=tar.stdout, check=True)
-        if tar.returncode:
-            raise EnvironmentFault(f"dpkg-deb cannot read {deb}")
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as out:
+            done = subprocess.run(
+                tar, stdin=out.stdout, stderr=subprocess.PIPE, text=True, umask=0o022
+            )
+        if done.returncode or out.returncode:
+            raise EnvironmentFault(f"{deb.name} cannot be unpacked: {_reason(done.stderr)}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(one, debs))
+
+
+def collect_garbage(cache: Cache, *, unused_days: float) -> list[str]:
+    """Remove selections nobody used in so many days, and all that only they needed."""
+    horizon = time.time() - unused_days * 86400
+    kept, doomed = [], []
+    with cache.lock("apt"):
+        for pin in cache.root.glob("selections/*"):
+            selection, _ = _load(pin)
+            # Nobody is writing a selection while the lock is ours.
+            if selection is None or pin.suffix == ".new" or pin.stat().st_mtime < horizon:
+                doomed.append(pin)
+            else:
+                kept.append(selection)
+        needed = {_archive_name(deb) for selection in kept for deb in selection.debs}
+        suites = {selection.suite for selection in kept}
+        doomed += [path for path in cache.root.glob("debs/*.deb") if path.name not in needed]
+        doomed += cache.root.glob("debs/partial/*")
+        doomed += [path for path in cache.root.glob("apt/*") if path.name not in suites]
+        for path in doomed:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    return [str(path.relative_to(cache.root)) for path in doomed]
 
 
 def _archive_name(deb: Deb) -> str:
@@ -158,13 +221,30 @@ def _archive_name(deb: Deb) -> str:
     return f"{deb.name}_{deb.version.replace(':', '%3a')}_{arch}"
 
 
-def _load(pin: Path) -> Selection | None:
+def _load(pin: Path) -> tuple[Selection | None, float]:
+    """A selection and the time until which it is good."""
     try:
         raw = json.loads(pin.read_text())
-        return Selection(raw["suite"], tuple(raw["wanted"]),
-                         tuple(Deb(**deb) for deb in raw["debs"]))
+        debs = tuple(Deb(**deb) for deb in raw["debs"])
+        return Selection(raw["suite"], tuple(raw["wanted"]), debs), float(raw["until"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return None, 0
+
+
+def _reason(text: str) -> str:
+    """The line that says why: the first one, unless another speaks of a full disk."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "No space" in line), [*lines, "no reason given"][0])
+
+
+def _require_tools() -> None:
+    for tool in ("apt-get", "apt-cache", "dpkg-deb", "tar", "setpriv"):
+        if shutil.which(tool) is None:
+            raise EnvironmentFault(
+                f"{tool} is needed to get packages and is not on this machine; the suite sets "
+                "itself up on Debian and its derivatives, or takes a built QEMU and images "
+                "from a cache prepared elsewhere (--cache)"
+            )
 
 
 class _State:
@@ -173,120 +253,162 @@ class _State:
     def __init__(self, cache: Cache, suite: str) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9.-]*", suite):
             raise BadInputError(f"{suite!r} is not the name of a Debian suite")
-        for tool in ("apt-get", "apt-cache", "dpkg-deb", "tar"):
-            if shutil.which(tool) is None:
-                raise EnvironmentFault(
-                    f"{tool} is needed to get packages and is not on this machine; "
-                    "the suite sets itself up on Debian and its derivatives, or takes a built "
-                    "QEMU and images from a cache prepared elsewhere (--cache)")
         self.suite = suite
         self.root = cache.root / "apt" / suite
         self.archive = cache.root / "debs"
 
-    def _suites(self) -> list[str]:
-        for ending in BUILDS_ON:
-            if self.suite.endswith(ending):
-                return [self.suite.removesuffix(ending), self.suite]
-        return [self.suite]
-
-    def _configure(self) -> dict[str, str]:
-        (self.root / "lists" / "partial").mkdir(parents=True, exist_ok=True)
-        (self.root / "parts").mkdir(exist_ok=True)
-        (self.archive / "partial").mkdir(parents=True, exist_ok=True)
-        (self.root / "status").touch()
+    def update(self, progress: Progress) -> None:
+        stamp = self.root / "updated"
+        if stamp.exists() and time.time() - stamp.stat().st_mtime < LISTS_LIFETIME_S:
+            return
+        _require_tools()
+        self.root.mkdir(parents=True, exist_ok=True)
         signed = f"Signed-By: {KEYRING}\n" if KEYRING.exists() else ""
         (self.root / "debian.sources").write_text(
-            f"Types: deb\nURIs: {_mirror()}\nSuites: {' '.join(self._suites())}\n"
-            f"Components: main\n{signed}")
-        (self.root / "apt.conf").write_text("".join(f'{key} "{value}";\n' for key, value in {
-            "Dir::Etc::sourcelist": self.root / "debian.sources",
-            "Dir::Etc::sourceparts": self.root / "parts",
-            "Dir::State": self.root,
-            "Dir::State::lists": self.root / "lists",
-            "Dir::State::status": self.root / "status",
-            "Dir::Cache": self.root,
-            "Dir::Cache::archives": self.archive,
-            "Dir::Log": self.root,
-            "APT::Sandbox::User": "",
-            "APT::Architecture": "amd64",
-            "APT::Architectures": "amd64",
-            "APT::Install-Recommends": "false",
-            "APT::Default-Release": self.suite,
-            "Acquire::Languages": "none",
-            "Acquire::Retries": "3",
-            "Debug::NoLocking": "true",
-        }.items()))
-        return {**os.environ, "APT_CONFIG": str(self.root / "apt.conf"), "LC_ALL": "C"}
-
-    def _run(self, *argv: str) -> str:
-        done = subprocess.run(argv, env=self._configure(), capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL)
-        if done.returncode or "\nW: Failed to fetch" in f"\n{done.stderr}":
-            why = [line[3:] for line in done.stderr.splitlines() if line.startswith("E: ")]
-            why = why or done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-            text = f"{' '.join(argv[:2])} for {self.suite}: {'; '.join(why)}"
-            if re.search(r"Unable to locate package|Version .* was not found|"
-                         r"has no installation candidate|does not have a Release file|"
-                         r"404 +Not Found", done.stderr):
-                raise BadInputError(f"the archive has no such thing: {text}")
-            if "No space left" in done.stderr or "enough free space" in done.stderr:
-                raise EnvironmentFault(f"no disk space left below {self.root}: {text}")
-            raise EnvironmentFault(text)
-        return done.stdout
+            f"Types: deb\nURIs: {_mirror(self.root)}\nSuites: {' '.join(self._suites())}\n"
+            f"Components: main\nTargets: Packages\n{signed}"
+        )
+        with progress.step(f"Reading the package lists of {self.suite}") as report:
+            # An archive that does not answer shall be a matter of seconds.
+            self._run("apt-get", "update", "-o", "Acquire::Retries=1", report=report)
+        stamp.touch()
 
     def has_lists(self) -> bool:
-        return any((self.root / "lists").glob("*_Packages*"))
-
-    def update(self, progress: Progress) -> None:
-        with progress.step(f"Reading the package lists of {self.suite}"):
-            self._run("apt-get", "update")
+        return any(self.root.glob("lists/*_Packages*"))
 
     def select(self, packages: Sequence[str]) -> Selection:
-        plan = self._run("apt-get", "-s", "-y", "install", *packages)
+        plan = self._run("apt-get", "install", "-s", "-y", *packages)
         chosen = re.findall(r"^Inst (\S+) \((\S+) ", plan, re.MULTILINE)
         records = self._run("apt-cache", "show", *(f"{n}={v}" for n, v in chosen))
         debs = {}
         for stanza in records.strip().split("\n\n"):
             record = HeaderParser().parsestr(stanza)
-            debs[record["Package"], record["Version"]] = Deb(
-                record["Package"], record["Version"], record["Filename"],
-                int(record["Size"]), record["SHA256"])
-        return Selection(self.suite, tuple(packages), tuple(
-            debs[name.split(":")[0], version] for name, version in sorted(chosen)))
+            name, version = record["Package"], record["Version"]
+            debs[name, version] = Deb(
+                name, version, record["Filename"], int(record["Size"]), record["SHA256"]
+            )
+        return Selection(
+            self.suite, tuple(packages), tuple(debs[package] for package in sorted(chosen))
+        )
 
-    def download(self, debs: Sequence[Deb], report: object) -> None:
-        assert callable(report)
-        reading, writing = os.pipe()
+    def download(self, debs: Sequence[Deb], report: Report) -> None:
+        argv = ["apt-get", "install", "-y", "--download-only"]
+        self._run(*argv, *(f"{deb.name}={deb.version}" for deb in debs), report=report)
+
+    def _run(self, *argv: str, report: Report | None = None) -> str:
+        """The output of an apt command, which runs with the private state."""
+        _require_tools()
+        # Should we be killed, it must not go on writing where the next of us will write.
+        command = ["setpriv", "--pdeathsig=KILL", argv[0], f"--config-file={self._configure()}"]
+        lines = []
         with subprocess.Popen(
-                ["apt-get", "-y", "-o", f"APT::Status-Fd={writing}", "--no-install-recommends",
-                 "--download-only", "--reinstall", "install",
-                 *(f"{deb.name}={deb.version}" for deb in debs)],
-                env=self._configure(), pass_fds=[writing], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as apt:
-            os.close(writing)
-            with os.fdopen(reading) as status:
-                for line in status:
-                    kind, _, rest = line.partition(":")
-                    fields = rest.split(":")
-                    if kind == "dlstatus" and len(fields) >= 3:
-                        report(float(fields[1]) / 100, fields[2].strip())
-            assert apt.stderr is not None
-            errors = apt.stderr.read()
+            [*command, "-o", "APT::Status-Fd=1", *argv[1:]],
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as apt:
+            assert apt.stdout is not None
+            for line in apt.stdout:
+                if match := re.match(r"dlstatus:\d+:([\d.]+):(.*)", line):
+                    if report:
+                        report(float(match[1]) / 100, match[2])
+                elif not line.startswith(("W: ", "N: ")):
+                    lines.append(line)
+        output = "".join(lines)
         if apt.returncode:
-            why = [line for line in errors.splitlines() if line.startswith("E: ")] or [errors]
-            raise EnvironmentFault(f"apt-get could not download: {why[0].strip()}")
+            raise self._failure(argv[:2], output)
+        return output
+
+    def _failure(self, argv: Sequence[str], output: str) -> SuiteError:
+        """What people are told when an apt command fails."""
+        errors = [line[3:].strip() for line in output.splitlines() if line.startswith("E: ")]
+        unmet = re.search(r"unmet dependencies:\n +(.*)", output)
+        why = unmet[1] if unmet else errors[0] if errors else _reason(output)
+        text = f"{' '.join(argv)} for {self.suite}: {why}"
+        if unmet or re.search(
+            r"E: Unable to locate package|E: Version .* was not found|"
+            r"has no installation candidate|does not have a Release file",
+            output,
+        ):
+            return BadInputError(f"the archive has no such thing: {text}")
+        return EnvironmentFault(text)
+
+    def _configure(self) -> Path:
+        (self.root / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+        (self.root / "parts").mkdir(exist_ok=True)
+        (self.archive / "partial").mkdir(parents=True, exist_ok=True)
+        if not (self.root / "status").exists():
+            (self.root / "status").touch()  # once: apt's caches are as good as it is old
+        settings = {
+            "Dir::Etc::sourcelist": self.root / "debian.sources",
+            "Dir::Etc::sourceparts": self.root / "parts",
+            "Dir::Etc::preferences": "/dev/null",
+            "Dir::Etc::preferencesparts": self.root / "parts",
+            "Dir::State": self.root,
+            "Dir::State::lists": self.root / "lists",
+            "Dir::State::status": self.root / "status",
+            "Dir::Cache": self.root,
+            "Dir::Cache::archives": self.archive,
+            "Dir::Cache::pkgcache": self.root / "pkgcache.bin",
+            "Dir::Cache::srcpkgcache": self.root / "srcpkgcache.bin",
+            "Dir::Log": self.root,
+            "APT::Sandbox::User": "",
+            "APT::Architecture": "amd64",
+            "APT::Architectures": "amd64",
+            "APT::Install-Recommends": "false",
+            "APT::Install-Suggests": "false",
+            "APT::Default-Release": self.suite,
+            "APT::Get::AllowUnauthenticated": "false",
+            "APT::Update::Error-Mode": "any",
+            "Acquire::GzipIndexes": "false",
+            "Acquire::AllowInsecureRepositories": "false",
+            "Acquire::AllowDowngradeToInsecureRepositories": "false",
+            "Acquire::AllowWeakRepositories": "false",
+            "Acquire::http::Timeout": "10",
+            "Acquire::https::Timeout": "10",
+            "Acquire::Retries": "3",
+            "Debug::NoLocking": "true",
+        }
+        # Read after the machine's own configuration, which thereby keeps its proxies and
+        # credentials but not its hooks, which would act on the machine.
+        conf = self.root / "apt.conf"
+        lines = [f'{key} "{value}";\n' for key, value in settings.items()]
+        conf.write_text("".join(["#clear APT::Update;\n", "#clear DPkg;\n", *lines]))
+        return conf
+
+    def _suites(self) -> list[str]:
+        base = re.sub(r"-(backports|updates|proposed-updates)$", "", self.suite)
+        base = {"experimental": "sid"}.get(base, base)
+        return list(dict.fromkeys([base, self.suite]))
 
 
-def _mirror() -> str:
+def _mirror(scratch: Path) -> str:
     """The URI of Debian's main archive in the machine's apt configuration."""
-    out = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)",
-         "Created-By: Packages"], capture_output=True, text=True).stdout
-    main = [line.split()[0] for line in out.splitlines()
-            if line.split()[2:] == ["main"] and "security" not in line]
-    # A machine may have third-party archives that also call their component "main".
-    debian = [uri for uri in main if uri.rstrip("/").endswith("/debian")] or main
+
+    def ask(*argv: str) -> str:
+        return subprocess.run(["apt-get", *argv], capture_output=True, text=True).stdout
+
+    # Third parties call their component "main", too.  The lists say whose they are, ...
+    lists = ask(
+        "indextargets",
+        "--format=$(REPO_URI) $(COMPONENT) $(ORIGIN), $(LABEL)",
+        "Created-By: Packages",
+    )
+    debian = re.findall(r"^(?!cdrom:)(\S+) main Debian, Debian$", lists, re.M)
     if not debian:
-        raise EnvironmentFault("the machine's apt configuration names no Debian archive "
-                               "(`apt-get indextargets` lists no component main)")
-    return debian[0]
+        # ... but a fresh container has none yet.  Then it is what looks most like Debian.
+        uris = ask("update", "--print-uris", f"-o=Dir::State::lists={scratch / 'nothing'}")
+        main = re.findall(r"^'(?!cdrom:)(\S+?)/dists/[^/]+/main/binary-\w+/Packages", uris, re.M)
+        debian = [
+            uri
+            for looks in (r"//[^/]*\bdebian\.org/", r"//[^/]+/debian$", r"/debian")
+            for uri in main
+            if re.search(looks, uri) and "security" not in uri
+        ]
+    if not debian:
+        raise EnvironmentFault("the machine's apt configuration names no Debian archive")
+    # apt uses file: packages where they are; copy: is the same archive, but downloaded.
+    return re.sub(r"^file:", "copy:", debian[0].rstrip("/"))

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,13 +120,19 @@ class CustomQemu(Tree):
     space = 600 << 20
     name = "qemu-custom"
 
-    def __init__(self, binary: Path, sysroot: Path | None = None) -> None:
+    def __init__(
+        self, binary: Path, sysroot: Path | None = None, firmware: Sequence[Path] = ()
+    ) -> None:
         self.binary = binary.absolute()
+        self.firmware = [path.absolute() for path in firmware]
         self.sysroot = sysroot.absolute() if sysroot else None
         self.title = f"QEMU {binary}"
         self.critical = (f"tree/{QEMU_BINARY}",)
         if not self.binary.is_file():
             raise BadInputError(f"{binary}: no such file")
+        for place in self.firmware:
+            if not place.is_dir():
+                raise BadInputError(f"-L {place}: no such directory")
         if self.sysroot and not (self.sysroot / LOADER).exists():
             raise BadInputError(
                 f"--qemu-sysroot {sysroot}: no {LOADER} below it; "
@@ -145,9 +151,9 @@ class CustomQemu(Tree):
         ]
 
     def key(self, cache: Cache) -> str:
-        stats = [
-            (name, path.stat().st_size, path.stat().st_mtime_ns) for path, name in self._libraries()
-        ]
+        files = [path for path, _ in self._libraries()]
+        files += [path for place in self.firmware for path in sorted(place.rglob("*"))]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return digest(
             sha256_of(self.binary), stats, PackagedQemu().key(cache), _source_of(CustomQemu)
         )
@@ -164,10 +170,16 @@ class CustomQemu(Tree):
                 f"{self.title}: not linked against {LOADER.name}; "
                 "the lab host runs x86_64 glibc binaries"
             )
+        # QEMU takes the first file of a name along its search path: so do we.
         packaged = cache.ensure(PackagedQemu(), progress) / "tree"
-        for name in FIRMWARE:
-            if (packaged / name).is_dir():
-                shutil.copytree(packaged / name, tree / name, symlinks=True)
+        layers = [(place, tree / FIRMWARE[0]) for place in self.firmware]
+        layers += [(packaged / name, tree / name) for name in FIRMWARE]
+        for source, target in layers:
+            for path in source.rglob("*"):
+                place = target / path.relative_to(source)
+                if path.is_file() and not place.exists():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, place)
 
 
 class Tools(FromPackages):

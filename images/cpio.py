@@ -34,8 +34,9 @@ class Archive:
         self._entry("TRAILER!!!", 0)
         return bytes(self._out)
 
-    def _entry(self, name: str, mode: int, content: bytes = b"",
-               rdev: tuple[int, int] = (0, 0)) -> None:
+    def _entry(
+        self, name: str, mode: int, content: bytes = b"", rdev: tuple[int, int] = (0, 0)
+    ) -> None:
         self._inode += 1
         encoded = name.encode() + b"\0"
         fields = (self._inode, mode, 0, 0, 1, 0, len(content), 0, 0, *rdev, len(encoded), 0)
