@@ -25,7 +25,7 @@ from images.cache import Cache, digest, sha256_of
 from images.errors import BadInputError, EnvironmentFault, SuiteError
 from images.progress import Progress, Report
 
-__all__ = ["Deb", "Selection", "collect_garbage", "fetch", "resolve", "unpack"]
+__all__ = ["Deb", "Selection", "collect_garbage", "fetch", "fetch_source", "resolve", "unpack"]
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 #: A selection is made anew after this long, so that "the newest" stays true; an archive
@@ -164,6 +164,22 @@ def fetch(cache: Cache, selection: Selection, progress: Progress, title: str) ->
     return paths
 
 
+def fetch_source(cache: Cache, suite: str, package: str, progress: Progress) -> list[Path]:
+    """The files of a source package, the newest in ``suite``; apt checks signature and hashes.
+
+    :raises BadInputError: the archive has no such suite or source package.
+    :raises EnvironmentFault: no apt, or no archive to be reached.
+    """
+    state = _State(cache, suite, kind="deb-src")
+    place = cache.root / "sources"
+    place.mkdir(exist_ok=True)
+    with cache.lock("apt", waiting_for="apt", progress=progress):
+        state.update(progress)
+        with progress.step(f"Source of {package}: downloading") as report:
+            listing = state.source(package, place, report)
+    return [place / name for name in listing]
+
+
 def unpack(debs: Sequence[Path], into: Path, *, drop: Sequence[str] = ()) -> None:
     """Unpack packages over each other into ``into``, without the paths that match ``drop``.
 
@@ -250,11 +266,12 @@ def _require_tools() -> None:
 class _State:
     """One private apt state: the suite, and what it builds on."""
 
-    def __init__(self, cache: Cache, suite: str) -> None:
+    def __init__(self, cache: Cache, suite: str, kind: str = "deb") -> None:
         if not re.fullmatch(r"[a-z][a-z0-9.-]*", suite):
             raise BadInputError(f"{suite!r} is not the name of a Debian suite")
         self.suite = suite
-        self.root = cache.root / "apt" / suite
+        self.kind = kind
+        self.root = cache.root / "apt" / (suite if kind == "deb" else f"{suite}-sources")
         self.archive = cache.root / "debs"
 
     def update(self, progress: Progress) -> None:
@@ -265,8 +282,9 @@ class _State:
         self.root.mkdir(parents=True, exist_ok=True)
         signed = f"Signed-By: {KEYRING}\n" if KEYRING.exists() else ""
         (self.root / "debian.sources").write_text(
-            f"Types: deb\nURIs: {_mirror(self.root)}\nSuites: {' '.join(self._suites())}\n"
-            f"Components: main\nTargets: Packages\n{signed}"
+            f"Types: {self.kind}\nURIs: {_mirror(self.root)}\n"
+            f"Suites: {' '.join(self._suites())}\nComponents: main\n"
+            f"Targets: {'Packages' if self.kind == 'deb' else 'Sources'}\n{signed}"
         )
         with progress.step(f"Reading the package lists of {self.suite}") as report:
             # An archive that does not answer shall be a matter of seconds.
@@ -295,7 +313,13 @@ class _State:
         argv = ["apt-get", "install", "-y", "--download-only"]
         self._run(*argv, *(f"{deb.name}={deb.version}" for deb in debs), report=report)
 
-    def _run(self, *argv: str, report: Report | None = None) -> str:
+    def source(self, package: str, into: Path, report: Report) -> list[str]:
+        """Download a source package's files into ``into``; returns their names."""
+        files = self._run("apt-get", "source", "--print-uris", package, cwd=into)
+        self._run("apt-get", "source", "--download-only", package, report=report, cwd=into)
+        return re.findall(r"^'[^']+' (\S+) \d+ SHA", files, re.MULTILINE)
+
+    def _run(self, *argv: str, report: Report | None = None, cwd: Path | None = None) -> str:
         """The output of an apt command, which runs with the private state."""
         _require_tools()
         # Should we be killed, it must not go on writing where the next of us will write.
@@ -303,6 +327,7 @@ class _State:
         lines = []
         with subprocess.Popen(
             [*command, "-o", "APT::Status-Fd=1", *argv[1:]],
+            cwd=cwd,
             env={**os.environ, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

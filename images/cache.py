@@ -146,6 +146,14 @@ class Cache:
                     raise EnvironmentFault(f"{recipe.title}: {error}") from error
         return place
 
+    def discard(self, recipe: Recipe) -> None:
+        """Remove the asset, if it is there: its maker knows that it will not be needed again."""
+        place = self._place(recipe)
+        with self.lock(place.name, waiting_for=recipe.title):
+            self._sound.discard(place)
+            if place.exists():
+                self._discard(place, place.name)
+
     def require_space(self, needed: int, title: str) -> None:
         """Make sure that so many bytes are free, before ``title`` is begun.
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import pytest
 
-from fixtures.bench import VECTORS, Bench
+from fixtures.bench import VECTORS, AtEnd, Bench
 from fixtures.rig import TakenOver
 
 
 @pytest.fixture(scope="module", params=VECTORS, ids=lambda n: f"{n}-vectors")
 def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
-    rig = bench.rig(request.param, request.addfinalizer)
+    return set_up(bench, request.param, request.addfinalizer)
+
+
+def set_up(bench: Bench, vectors: int, at_end: AtEnd) -> TakenOver:
+    rig = bench.rig(vectors, at_end)
     rig.enable()
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)
@@ -56,6 +60,17 @@ def test_masking_holds_a_vector_back_and_unmasking_delivers_it_after_cpr(
     rig.check(in_order=False)
     rig.fire(*rig.vectors)
     rig.check(in_order=False)
+
+
+def test_a_message_changed_while_masked_is_the_one_delivered_after_cpr(
+    taken_over: TakenOver,
+) -> None:
+    rig = taken_over.rig
+    rig.mask(*rig.vectors)
+    rig.change_message(*rig.vectors)
+    rig.unmask(*rig.vectors)
+    rig.fire(*rig.vectors)
+    rig.check()
 
 
 def test_unmasked_vectors_bypass_qemu_again(taken_over: TakenOver) -> None:
@@ -115,3 +130,14 @@ def test_the_command_register_is_not_written(taken_over: TakenOver) -> None:
         for write in taken_over.rig.machine.trace("vfio_pci_write_config")
         if ", @0x4," in write
     ] == []
+
+
+def test_msix_can_be_disabled_and_enabled_again_after_cpr(taken_over: TakenOver) -> None:
+    rig = taken_over.rig
+    rig.mask(*rig.vectors)
+    rig.disable()
+    rig.enable()
+    rig.program(*rig.vectors)
+    rig.unmask(*rig.vectors)
+    rig.fire(*rig.vectors)
+    rig.check()
