@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What differs from the model is named, vector by vector, in words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from fixtures.oracle import Mismatch, MsixModel, Observation
+from fixtures.oracle.observation import compare
+from fixtures.rig import Rig
+
+
+@pytest.fixture
+def model() -> MsixModel:
+    """Vectors 0 and 2 were delivered, 1 is masked and pending, 3 is masked."""
+    model = MsixModel(4)
+    model.set_control(enable=True, function_mask=False)
+    model.set_mask(False, 0, 2)
+    for vector in (2, 1, 0):
+        model.fire(vector)
+    return model
+
+
+def as_it_is(model: MsixModel) -> dict[str, object]:
+    """What is seen of a function that does as its model says: the arguments of `compare`."""
+    return {
+        "seen": list(model.delivered),
+        "strange": {},
+        "pending": frozenset(model.pending),
+        "masked": set(model.masked),
+    }
+
+
+def text_of(model: MsixModel, **changes: object) -> str:
+    """What is said of a function that differs so."""
+    with pytest.raises(Mismatch) as caught:
+        compare(model, **{**as_it_is(model), **changes})  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def rows(text: str) -> dict[int, tuple[str, str]]:
+    """The rows of the table: vector to what must be and what was."""
+    cells = [re.split(r" {2,}", line.strip()) for line in text.splitlines()[2:]]
+    return {int(vector): (must, was) for vector, must, was in cells}
+
+
+def test_what_is_as_the_model_says_is_no_mismatch(model: MsixModel) -> None:
+    compare(model, **as_it_is(model))  # type: ignore[arg-type]
+    compare(MsixModel(1), [], {}, frozenset(), {0})
+
+
+def test_the_order_is_not_what_is_compared_here(model: MsixModel) -> None:
+    compare(model, **{**as_it_is(model), "seen": [0, 2]})  # type: ignore[arg-type]
+
+
+Words = tuple[str, str]
+DIFFERENCES: dict[str, tuple[dict[str, object], dict[int, Words]]] = {
+    "lost": ({"seen": [2]}, {0: ("delivered 1x", "delivered 0x")}),
+    "doubled": ({"seen": [2, 0, 2]}, {2: ("delivered 1x", "delivered 2x")}),
+    "misrouted": (
+        {"seen": [2, 3]},
+        {0: ("delivered 1x", "delivered 0x"), 3: ("delivered 0x, masked", "delivered 1x, masked")},
+    ),
+    "spurious": (
+        {"seen": [2, 0, 1]},
+        {1: ("delivered 0x, pending, masked", "delivered 1x, pending, masked")},
+    ),
+    "pending bit lost": (
+        {"pending": frozenset()},
+        {1: ("delivered 0x, pending, masked", "delivered 0x, masked")},
+    ),
+    "pending bit set": (
+        {"pending": frozenset({0, 1})},
+        {0: ("delivered 1x", "delivered 1x, pending")},
+    ),
+    "unmasked": (
+        {"masked": {3}},
+        {1: ("delivered 0x, pending, masked", "delivered 0x, pending")},
+    ),
+    "masked": ({"masked": {1, 2, 3}}, {2: ("delivered 1x", "delivered 1x, masked")}),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_what_differs_is_named_and_nothing_else(
+    model: MsixModel, changes: dict[str, object], named: dict[int, Words]
+) -> None:
+    text = text_of(model, **changes)
+    count = len(named)
+    assert text.splitlines()[0] == f"{count} of 4 vectors are not as they must be:"
+    assert rows(text) == named
+
+
+def test_the_table_lines_up(model: MsixModel) -> None:
+    assert text_of(model, seen=[2, 1, 1], pending=frozenset()) == (
+        "2 of 4 vectors are not as they must be:\n"
+        "  vector   must be                            was\n"
+        "       0   delivered 1x                       delivered 0x\n"
+        "       1   delivered 0x, pending, masked      delivered 2x, masked"
+    )
+
+
+def test_a_long_table_is_cut_and_says_so() -> None:
+    model = MsixModel(64)
+    lines = text_of(model, masked=set()).splitlines()
+    assert lines[0] == "64 of 64 vectors are not as they must be:"
+    assert len(lines) == 2 + 20 + 1
+    assert lines[-1] == "  ... and 44 more"
+
+
+def test_interrupts_of_nobody_are_named_by_their_idt_vector(model: MsixModel) -> None:
+    assert text_of(model, strange={0x21: 3, 0xFF: 1}) == (
+        "interrupts came that nothing had raised: IDT vector 0x21 3 times, IDT vector 0xff 1 times"
+    )
+
+
+def test_the_masks_are_read_from_the_table() -> None:
+    entries = [bytes(12) + bytes([control, 0, 0, 0]) for control in (1, 0, 3, 2)]
+    seen = Observation(
+        counters=(), log_count=0, config=b"", table=b"".join(entries), pending=frozenset(),
+        witness=0, loops=0,
+    )  # fmt: skip
+    assert seen.masked == {0, 2}
+
+
+# The order, and what no vector of ours names: the rig's own part of the comparison.
+
+
+class FakeGuest:
+    """A guest that has taken these IDT vectors, in this order."""
+
+    def __init__(self, *taken: int) -> None:
+        self._taken = taken
+
+    def log(self, _since: int, _count: int) -> list[object]:
+        return [type("Delivery", (), {"vector": vector}) for vector in self._taken]
+
+
+class FakeFunction:
+    def idt_vector(self, vector: int) -> int:
+        return 0x30 + vector
+
+
+@pytest.fixture
+def rig_that_saw() -> Callable[..., Rig]:
+    """A rig whose guest has taken these IDT vectors since it began to count."""
+
+    def make(model: MsixModel, *taken: int) -> Rig:
+        class Seen(Rig):
+            def __init__(self) -> None:
+                self.model, self.vectors = model, range(model.size)
+                self.guest, self.function = FakeGuest(*taken), FakeFunction()  # type: ignore[assignment]
+                self._counters, self._log_count = (0,) * 256, 0
+
+            def observe(self) -> Observation:
+                table = b"".join(
+                    bytes(12) + bytes([n in model.masked, 0, 0, 0]) for n in self.vectors
+                )
+                counters = tuple(taken.count(n) for n in range(256))
+                pending = frozenset(model.pending)
+                return Observation(counters, len(taken), b"", table, pending, 0, 0)
+
+        return Seen()
+
+    return make
+
+
+def test_a_rig_that_saw_what_the_model_says_is_content(
+    model: MsixModel, rig_that_saw: Callable[..., Rig]
+) -> None:
+    timer = 0xEF
+    assert rig_that_saw(model, 0x32, 0x30, timer, timer).check().masked == {1, 3}
+
+
+def test_another_order_is_told(model: MsixModel, rig_that_saw: Callable[..., Rig]) -> None:
+    rig = rig_that_saw(model, 0x30, 0x32)
+    with pytest.raises(Mismatch, match=r"another order: \[0, 2\], and must be \[2, 0\]"):
+        rig.check()
+    rig.check(in_order=False)
+
+
+@pytest.mark.parametrize("stray", [0x20, 0x34, 0xFF])
+def test_an_interrupt_that_no_vector_of_ours_names_is_told(
+    model: MsixModel, rig_that_saw: Callable[..., Rig], stray: int
+) -> None:
+    with pytest.raises(Mismatch, match=rf"nothing had raised: IDT vector {stray:#x} 1 times"):
+        rig_that_saw(model, 0x32, stray, 0x30).check()

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""cpr-transfer between two real QEMUs of this machine: how it goes well, and how it fails.
+
+TCG, the probe guest, no VFIO: what is tried here is the choreography, and that of everything
+that can go wrong the first thing is told, with the step it happened at.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from fixtures.cpr import CprError, Step, Transfer
+from fixtures.guests import Op, ProbeGuest
+from fixtures.guests.probe import Verb
+from fixtures.machines import Machine, Monitor
+from fixtures.waiting import until
+
+OldQemu = tuple[Machine, ProbeGuest]
+
+
+@pytest.fixture
+def old(a_machine: Callable[..., Machine]) -> OldQemu:
+    """Old QEMU, and its guest, which runs."""
+    machine = a_machine()
+    machine.start()
+    guest = ProbeGuest(machine.host, machine.spec.ram, machine.died)
+    machine.alive(guest.wait_ready)
+    return machine, guest
+
+
+@pytest.fixture
+def failing(request: pytest.FixtureRequest) -> Callable[..., CprError]:
+    """Runs a transfer that must fail; new QEMU is ended afterwards."""
+
+    def run(transfer: Transfer) -> CprError:
+        request.addfinalizer(transfer.new.close)
+        with pytest.raises(CprError) as caught:
+            transfer.run()
+        return caught.value
+
+    return run
+
+
+def assert_goes_on(old: OldQemu) -> None:
+    """Old QEMU still runs its guest, which still does as it is told."""
+    machine, guest = old
+    assert machine.status() == "running"
+    loops = guest.look().loops
+    until(lambda: guest.look().loops > loops, "the guest to go on", 10, but=machine.died)
+    guest.batch([Op(Verb.NOP)])
+
+
+def set_capability(machine: Machine, name: str) -> None:
+    capability = {"capability": name, "state": True}
+    machine.monitor.execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+
+# It goes well.
+
+
+@pytest.fixture
+def done(old: OldQemu) -> Iterator[Transfer]:
+    transfer = Transfer(old[0])
+    assert transfer.step == Step.IDLE
+    assert transfer.run() is transfer.new
+    yield transfer
+    transfer.new.close()
+
+
+def test_new_qemu_runs_the_guest_and_old_qemu_is_left_in_postmigrate(
+    old: OldQemu, done: Transfer
+) -> None:
+    machine, guest = old
+    assert (machine.status(), done.new.status()) == ("postmigrate", "running")
+    guest.died = done.new.died
+    loops = guest.look().loops
+    machine.quit()
+    assert machine.process.poll() == 0
+    until(lambda: guest.look().loops > loops, "the guest to go on", 10, but=done.new.died)
+    guest.batch([Op(Verb.NOP)])
+
+
+def test_its_steps_have_their_times_in_order(done: Transfer) -> None:
+    assert done.step == Step.RUNNING
+    steps = [step for step in Step if step is not Step.IDLE]
+    assert list(done.times) == steps
+    assert list(done.times.values()) == sorted(done.times.values())
+
+
+def test_it_tells_for_how_long_the_guest_stood_still(done: Transfer) -> None:
+    took_ms = (done.times[Step.RUNNING] - done.times[Step.MIGRATE]) * 1e3
+    assert done.downtime_ms is not None
+    assert 0 <= done.downtime_ms <= took_ms
+    # RESUME is not seen if it comes before our session with new QEMU.
+    if done.new.monitor.seen("RESUME"):
+        assert done.blackout_ms is not None
+        assert 0 < done.blackout_ms <= took_ms
+    else:
+        assert done.blackout_ms is None
+
+
+def test_a_machine_can_be_taken_over_again_and_again(old: OldQemu, done: Transfer) -> None:
+    old[0].quit()
+    again = Transfer(done.new)
+    try:
+        assert again.run().status() == "running"
+        assert done.new.status() == "postmigrate"
+    finally:
+        again.new.close()
+
+
+# It fails.
+
+
+class Misled(Machine):
+    """A new QEMU with an option that it does not know."""
+
+    def start(self, incoming: Sequence[str] = ()) -> None:
+        super().start([*incoming, "-no-such-option"])
+
+
+def test_a_new_qemu_that_dies_at_its_start_is_told_with_its_last_words(
+    old: OldQemu, failing: Callable[..., CprError]
+) -> None:
+    machine, _ = old
+    error = failing(Transfer(machine, Misled(machine.host, machine.spec, "new QEMU")))
+    assert error.step == Step.LISTENING
+    assert str(error).startswith(
+        "cpr-transfer failed while waiting for new QEMU to listen on the CPR channel: "
+    )
+    assert "ended with 1; its last words:" in str(error)
+    assert "-no-such-option: invalid option" in str(error)
+    assert str(error).endswith(" -no-such-option"), "the command line, to be pasted"
+    assert machine.monitor.seen("MIGRATION") is None, "old QEMU has not been told anything"
+    assert_goes_on(old)
+
+
+def test_a_new_qemu_that_refuses_a_device_is_told_with_its_last_words(
+    old: OldQemu, failing: Callable[..., CprError]
+) -> None:
+    """It creates its devices after it has read the CPR state: old QEMU sees it go, too."""
+    machine, _ = old
+    error = failing(Transfer(machine, machine.successor(devices=("no-such-device",))))
+    assert error.step == Step.MONITOR
+    assert "old QEMU: migration failed: " in str(error)
+    assert "'no-such-device' is not a valid device model name" in str(error)
+    assert_goes_on(old)
+
+
+class Deaf(Machine):
+    """A new QEMU that listens on nothing."""
+
+    def start(self, _incoming: Sequence[str] = ()) -> None:
+        super().start(["-S"])
+
+
+def test_a_new_qemu_that_does_not_listen_is_told_at_the_deadline(
+    old: OldQemu, failing: Callable[..., CprError]
+) -> None:
+    machine, guest = old
+    # RAM of its own, as it starts a guest in it.
+    spec = machine.successor(ram=machine.spec.ram.with_suffix(".other")).spec
+    error = failing(Transfer(machine, Deaf(machine.host, spec, "new QEMU"), deadline_s=0.5))
+    machine.host.remove(spec.ram)
+    assert (error.step, str(error).rpartition(": ")[2]) == (
+        Step.LISTENING,
+        "waited 0.5 s for its CPR socket",
+    )
+    assert machine.monitor.seen("MIGRATION") is None, "old QEMU has not been told anything"
+    assert_goes_on((machine, guest))
+
+
+class Doomed(Machine):
+    """A new QEMU that is killed when it begins to load."""
+
+    @property
+    def monitor(self) -> Monitor:
+        self.process.kill()
+        return super().monitor
+
+
+def test_a_new_qemu_that_is_killed_while_it_loads_leaves_the_guest_in_old_qemu(
+    old: OldQemu, failing: Callable[..., CprError]
+) -> None:
+    machine, _ = old
+    error = failing(Transfer(machine, Doomed(machine.host, machine.spec, "new QEMU")))
+    assert error.step == Step.MONITOR
+    assert "was killed by signal 9" in str(error)
+    assert shlex.join(machine.spec.arguments()[:2]) in str(error), "its command line"
+    until(
+        lambda: (
+            machine.monitor.execute("query-migrate").get("status") in ("failed", "cancelled", None)
+        ),
+        "old QEMU to give up",
+        20,
+        pause_s=0.01,
+    )
+    assert_goes_on(old)
+
+
+def test_a_migration_that_does_not_end_is_told_at_the_deadline(
+    old: OldQemu, failing: Callable[..., CprError]
+) -> None:
+    machine, _ = old
+    set_capability(machine, "pause-before-switchover")
+    transfer = Transfer(machine, deadline_s=0.5)
+    error = failing(transfer)
+    assert error.step == Step.HANDOVER == transfer.step
+    assert "waited 0.5 s for old QEMU to complete the migration" in str(error)
+    assert Step.RUNNING not in transfer.times
+
+
+def test_an_old_qemu_that_refuses_is_quoted(old: OldQemu, failing: Callable[..., CprError]) -> None:
+    machine, _ = old
+    set_capability(machine, "postcopy-ram")
+    error = failing(Transfer(machine))
+    assert error.step == Step.MIGRATE
+    assert "old QEMU refused migrate" in str(error)
+    assert_goes_on(old)
+
+
+def test_a_dead_old_qemu_is_told_as_such(old: OldQemu, failing: Callable[..., CprError]) -> None:
+    machine, _ = old
+    machine.process.kill()
+    error = failing(Transfer(machine))
+    assert error.step == Step.MIGRATE
+    assert "old QEMU" in str(error)
+    assert "killed by signal 9" in str(error)
+
+
+def test_a_failed_transfer_can_be_followed_by_one_that_succeeds(
+    old: OldQemu, failing: Callable[..., CprError]
+) -> None:
+    machine, guest = old
+    failing(Transfer(machine, machine.successor(devices=("no-such-device",))))
+    transfer = Transfer(machine)
+    try:
+        transfer.run()
+        guest.died = transfer.new.died
+        guest.batch([Op(Verb.NOP)])
+    finally:
+        transfer.new.close()
