@@ -8,14 +8,18 @@ that can go wrong the first thing is told, with the step it happened at.
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 
 import pytest
 
 from fixtures.cpr import CprError, Step, Transfer
+from fixtures.cpr.transfer import _listens
 from fixtures.guests import Op, ProbeGuest
 from fixtures.guests.probe import Verb
-from fixtures.machines import Machine, Monitor
+from fixtures.hosts import LocalHost
+from fixtures.machines import Event, Machine, Monitor
 from fixtures.waiting import until
 
 OldQemu = tuple[Machine, ProbeGuest]
@@ -94,12 +98,30 @@ def test_it_tells_for_how_long_the_guest_stood_still(done: Transfer) -> None:
     took_ms = (done.times[Step.RUNNING] - done.times[Step.MIGRATE]) * 1e3
     assert done.downtime_ms is not None
     assert 0 <= done.downtime_ms <= took_ms
-    # RESUME is not seen if it comes before our session with new QEMU.
-    if done.new.monitor.seen("RESUME"):
-        assert done.blackout_ms is not None
-        assert 0 < done.blackout_ms <= took_ms
-    else:
-        assert done.blackout_ms is None
+
+
+def test_the_blackout_is_from_stop_to_resume_where_both_were_seen() -> None:
+    def saw(**events: float) -> Machine:
+        found = {name: Event(name, at, {}) for name, at in events.items()}
+        return SimpleNamespace(monitor=SimpleNamespace(seen=found.get))  # type: ignore[return-value]
+
+    assert Transfer(saw(STOP=10.0), saw(RESUME=10.25)).blackout_ms == 250
+    assert Transfer(saw(STOP=10.0), saw()).blackout_ms is None, "it came before our session"
+    assert Transfer(saw(), saw(RESUME=10.25)).blackout_ms is None
+
+
+def test_a_socket_listens_only_once_it_does(local: LocalHost) -> None:
+    """QEMU's is in the file system before it listens, and connecting is refused in between."""
+    machine: Machine = SimpleNamespace(host=local)  # type: ignore[assignment]
+    path = local.scratch / "7.cpr"
+    assert not _listens(machine, path)
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(local.scratch / "17.cpr"))
+        other.listen()
+        server.bind(str(path))
+        assert not _listens(machine, path)
+        server.listen()
+        assert _listens(machine, path)
 
 
 def test_a_machine_can_be_taken_over_again_and_again(old: OldQemu, done: Transfer) -> None:
@@ -211,6 +233,41 @@ def test_a_migration_that_does_not_end_is_told_at_the_deadline(
     assert error.step == Step.HANDOVER == transfer.step
     assert "waited 0.5 s for old QEMU to complete the migration" in str(error)
     assert Step.RUNNING not in transfer.times
+
+
+def test_a_new_qemu_that_cannot_load_the_state_is_told_with_its_last_words(
+    a_machine: Callable[..., Machine], failing: Callable[..., CprError]
+) -> None:
+    machine = a_machine("nec-usb-xhci,id=usb")
+    machine.start()
+    machine.alive(ProbeGuest(machine.host, machine.spec.ram, machine.died).wait_ready)
+    error = failing(Transfer(machine, machine.successor(devices=())))
+    assert error.step in (Step.MONITOR, Step.HANDOVER), "its death may be quicker than our QMP"
+    assert "new QEMU ended with 1; its last words:" in str(error)
+    assert "load of migration failed" in str(error)
+
+
+def test_a_migration_that_is_cancelled_leaves_the_guest_in_old_qemu(
+    old: OldQemu, failing: Callable[..., CprError]
+) -> None:
+    machine, _ = old
+
+    class Regretted(Machine):
+        """A new QEMU at whose sight old QEMU changes its mind."""
+
+        @property
+        def monitor(self) -> Monitor:
+            monitor = super().monitor
+            machine.monitor.wait_event("STOP", 20)
+            machine.monitor.execute("migrate_cancel")
+            return monitor
+
+    set_capability(machine, "pause-before-switchover")
+    error = failing(Transfer(machine, Regretted(machine.host, machine.spec, "new QEMU")))
+    assert error.step == Step.HANDOVER
+    assert "migration cancelled" in str(error)
+    until(lambda: machine.status() == "running", "old QEMU to go on", 20, pause_s=0.01)
+    assert_goes_on(old)
 
 
 def test_an_old_qemu_that_refuses_is_quoted(old: OldQemu, failing: Callable[..., CprError]) -> None:

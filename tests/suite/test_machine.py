@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A machine: what it says when it dies, and what its files tell."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from fixtures.guests import ProbeGuest
+from fixtures.machines import Machine
+from fixtures.machines.machine import MachineDiedError
+from fixtures.waiting import until
+
+
+@pytest.fixture
+def machine(a_machine: Callable[..., Machine]) -> Machine:
+    """One that runs, and so does its guest."""
+    machine = a_machine()
+    machine.start()
+    machine.alive(ProbeGuest(machine.host, machine.spec.ram, machine.died).wait_ready)
+    return machine
+
+
+def test_a_machine_that_runs_has_not_died(machine: Machine) -> None:
+    assert machine.died() is None
+    assert machine.status() == "running"
+    machine.settle()
+    assert machine.said() == ""
+
+
+def test_before_its_start_there_is_nothing_to_ask(a_machine: Callable[..., Machine]) -> None:
+    machine = a_machine()
+    with pytest.raises(RuntimeError, match="old QEMU has not been started"):
+        machine.died()
+    machine.close()
+
+
+def test_a_machine_that_does_not_start_says_why_and_how_it_was_started(
+    a_machine: Callable[..., Machine],
+) -> None:
+    machine = a_machine("no-such-device")
+    machine.start()
+    with pytest.raises(MachineDiedError) as caught:
+        machine.status()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "old QEMU ended with 1; its last words:"
+    assert "'no-such-device' is not a valid device model name" in lines[1]
+    assert lines[-2] == "its command line:"
+    again = subprocess.run(shlex.split(lines[-1]), capture_output=True, text=True)
+    assert "no-such-device" in again.stderr, "the command line can be pasted"
+
+
+def test_its_death_is_a_better_explanation_than_a_lost_monitor(machine: Machine) -> None:
+    assert machine.status() == "running"
+    machine.process.kill()
+    with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 9; "):
+        machine.settle()
+
+
+def test_it_quits_when_told_to(machine: Machine) -> None:
+    machine.quit()
+    assert machine.process.poll() == 0
+    machine.quit()
+    machine.close()
+
+
+def test_a_machine_that_is_killed_can_be_quit_and_closed_all_the_same(machine: Machine) -> None:
+    machine.process.kill()
+    machine.quit()
+    machine.close()
+
+
+def test_traces_are_found_by_their_event_and_from_a_mark_on(machine: Machine) -> None:
+    assert machine.trace("no_such_event") == []
+    text = machine._trace_bytes(0).decode()
+    assert "kvm_irqchip" not in text
+    machine.host.run(
+        f"printf '1@2.5:vfio_msi_interrupt (0000:01:00.0) vector 3\\n' >> {machine.trace_path}"
+    )
+    mark = machine.trace_mark()
+    assert machine.trace("vfio_msi_interrupt") == ["(0000:01:00.0) vector 3"]
+    assert machine.trace("vfio_msi_interrupt", mark) == []
+    assert machine.trace("msi_interrupt") == [], "the name of an event is whole"
+    machine.host.run(f"printf 'vfio_pci_reset \\nvfio_pci_reset_flr x\\n' >> {machine.trace_path}")
+    until(lambda: machine.trace_mark() > mark, "the trace to grow", 5)
+    assert machine.trace("vfio_pci_reset", mark) == [""]
+
+
+def test_a_successor_is_of_the_same_make_with_files_of_its_own(machine: Machine) -> None:
+    new = machine.successor()
+    assert new.spec == machine.spec
+    assert new.role == "new QEMU"
+    for name in ("qmp_path", "log_path", "trace_path", "cpr_path", "main_path"):
+        assert getattr(new, name) != getattr(machine, name)
