@@ -21,7 +21,7 @@ class Progress:
     """Reports steps to standard error, which leaves standard output to results."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
         self._bars = Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

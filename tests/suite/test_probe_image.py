@@ -202,8 +202,9 @@ def test_the_guest_is_alive_but_idle(probe: Probe) -> None:
     time.sleep(1)
     passes, ticked = probe.loops - loops, probe.counter(TIMER) - ticks
     assert probe.u64(0x028) > tsc
-    assert 100 < ticked <= 1500
-    assert 100 < passes < 10 * ticked
+    # A hundred ticks a second when nobody asks anything, a thousand when somebody just has.
+    assert 30 < ticked < 500
+    assert 30 < passes < 10 * ticked
     assert cpu_seconds() - cpu < 0.5
 
 

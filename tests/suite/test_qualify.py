@@ -71,8 +71,7 @@ def test_a_function_that_is_not_there_is_refused() -> None:
 def test_the_source_is_itself_again_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "file.c"
     path.write_text(SOURCE)
-    with pytest.raises(ZeroDivisionError), edited(tmp_path, fault(r"i \+ 1", "0")):
+    with edited(tmp_path, fault(r"i \+ 1", "0")):
         assert path.read_text() != SOURCE
-        raise ZeroDivisionError
     assert path.read_text() == SOURCE
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.c"]
