@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fixtures.hosts.base import TOKEN
-from fixtures.waiting import until
+from fixtures.waiting import DeadlineError, until
 from images.cache import Cache
 
 ROOT = Path(__file__).parents[2]
@@ -110,9 +111,14 @@ def start(cache: Cache, tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
     yield begin
     for run in runs:
+        # After a failure.  Its guardians, which are in sessions of their own, clear up.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        with contextlib.suppress(DeadlineError):
+            until(lambda r=run: not r.members(), "its guardians", 20, pause_s=0.05)
         for pid in run.members():
             os.kill(pid, signal.SIGKILL)
-        run.process.wait()
 
 
 def kill(run: Run) -> None:

@@ -266,11 +266,28 @@ def test_a_lab_host_that_does_not_come_up_in_time_shows_its_console(
 # Last, as it costs a boot.
 
 
+@pytest.fixture
+def late_sshd(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The next lab host's sshd does not listen yet when it is first asked."""
+    asked: list[str] = []
+    connect = SshHost.__init__
+
+    def refused_once(self: SshHost, name: str, **options: Any) -> None:
+        asked.append(name)
+        if len(asked) == 1:
+            raise EnvironmentFault(f"{name}: reset") from ConnectionResetError()
+        connect(self, name, **options)
+
+    monkeypatch.setattr(SshHost, "__init__", refused_once)
+    return asked
+
+
 def test_a_lab_host_that_dies_is_lost_and_the_bench_gives_another(
     lab: LabHost,
     lab_bench: Bench,
     local: LocalHost,
     left_of: Callable[[Host, str], str],
+    late_sshd: list[str],
 ) -> None:
     lab_bench.incidents.clear()
     before = {path.name for path in Path("/proc/self/fd").iterdir()}
@@ -279,6 +296,7 @@ def test_a_lab_host_that_dies_is_lost_and_the_bench_gives_another(
         lab.run("echo well", deadline_s=20)
     other = lab_bench.lab
     assert other is not lab
+    assert len(late_sshd) == 2
     assert lab_bench.incidents == ["a lab host was restarted: it did not answer before a test"]
     until(lambda: left_of(local, lab.local.token) == "", "the guardian", 20, pause_s=0.02)
     assert other.run("echo well").out == "well\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +57,17 @@ def test_a_machine_that_does_not_start_says_why_and_how_it_was_started(
 def test_its_death_is_a_better_explanation_than_a_lost_monitor(machine: Machine) -> None:
     assert machine.status() == "running"
     machine.process.kill()
+    with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 9; "):
+        machine.settle()
+
+
+def test_its_death_may_be_known_a_little_after_its_monitor_is_lost(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert machine.status() == "running"
+    machine.process.kill()
+    died, later = machine.died, time.monotonic() + 0.3
+    monkeypatch.setattr(machine, "died", lambda: died() if time.monotonic() > later else None)
     with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 9; "):
         machine.settle()
 

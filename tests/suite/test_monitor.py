@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -185,6 +186,17 @@ def test_a_bad_greeting_is_no_session(
     fake.shutdown(socket.SHUT_WR)
     with pytest.raises(MonitorLostError, match="a fake: no QMP session: "):
         Monitor("a fake", ours, deadline_s=20)
+
+
+def test_a_reason_for_the_end_may_come_a_little_after_it(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """A QEMU that dies closes its monitor first and is gone a moment later."""
+    ours, fake = ends
+    fake.close()
+    later = time.monotonic() + 0.3
+    with pytest.raises((MonitorLostError, DeadlineError), match=r"a fake.*: it has died"):
+        Monitor("a fake", ours, but=lambda: "it has died" if time.monotonic() > later else None)
 
 
 def test_no_greeting_ends_at_the_deadline(ends: tuple[socket.socket, socket.socket]) -> None:
