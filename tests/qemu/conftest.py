@@ -6,9 +6,17 @@ from __future__ import annotations
 import pytest
 
 from fixtures.rig import TakenOver
+from fixtures.subject import Subject
 
 
 @pytest.fixture(autouse=True)
 def _each_behaviour_counts_for_itself(taken_over: TakenOver) -> None:
     """Deliveries are counted from the start of each test: one failure does not cause more."""
     taken_over.rig.begin()
+
+
+@pytest.fixture
+def traces(subject: Subject) -> None:
+    """QEMU's own account of what it did; without it, its silence would prove nothing."""
+    if not subject.capabilities.log_trace:
+        pytest.skip("this QEMU writes no traces to its log (--enable-trace-backends=log)")

@@ -21,6 +21,7 @@ def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
     return rig.take_over()
 
 
+@pytest.mark.usefixtures("traces")
 def test_unused_vectors_have_no_eventfd_in_either_qemu(taken_over: TakenOver) -> None:
     vectors = {n for name, n in taken_over.eventfds_before if name == "interrupt"}
     assert vectors == set(taken_over.rig.vectors[::2])
