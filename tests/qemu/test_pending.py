@@ -25,9 +25,7 @@ class Scene:
 
 SCENES = (
     Scene(1, "only", {0: 1}),
-    Scene(8, "first", {0: 1}),
-    Scene(8, "last", {7: 1}),
-    Scene(8, "several", {1: 1, 2: 3, 5: 2}),
+    Scene(8, "several", {0: 1, 2: 3, 7: 2}),
     Scene(64, "edges", {0: 1, 31: 1, 32: 2, 63: 1}),
     Scene(64, "all", dict.fromkeys(range(64), 1)),
 )
@@ -45,7 +43,6 @@ def taken_over(request: pytest.FixtureRequest, bench: Bench, scene: Scene) -> Ta
     rig.program(*rig.vectors)
     # Each has been in use before: a masked vector that was never used has no eventfd at all.
     rig.unmask(*rig.vectors)
-    rig.fire(*rig.vectors)
     rig.mask(*rig.vectors)
     for vector, times in scene.fired.items():
         rig.fire(*[vector] * times)
