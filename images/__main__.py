@@ -87,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("list", help="what is in the cache, with sizes")
     verbs.add_parser("verify", help="compare every cached asset with its manifest")
     verbs.add_parser("update", help="select the newest packages again")
-    verbs.add_parser("needs", help="print the command that installs what builds from source need")
+    wants = verbs.add_parser(
+        "needs", help="print the command that installs what builds from source need"
+    )
+    wants.add_argument("--install", action="store_true", help="install what is missing, as root")
     gc = verbs.add_parser("gc", help="remove what was not used lately, and left-overs")
     gc.add_argument(
         "--unused-days",
@@ -137,7 +140,11 @@ def _run(options: argparse.Namespace, cache: Cache) -> int:
             if isinstance(recipe, FromPackages):
                 recipe.selection(cache, refresh=True)
     elif options.verb == "needs":
-        print(" ".join(needs.install_command((*needs.KERNEL, *needs.QEMU))))
+        everything = (*needs.KERNEL, *needs.QEMU)
+        if options.install:
+            needs.install(everything)
+        else:
+            print(" ".join(needs.install_command(everything)))
     elif options.verb == "gc":
         removed = cache.collect_garbage(unused_days=options.unused_days)
         removed += apt.collect_garbage(cache, unused_days=options.unused_days)

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from email.parser import HeaderParser
@@ -25,8 +25,18 @@ from images.cache import Cache, digest, sha256_of
 from images.errors import BadInputError, EnvironmentFault, SuiteError
 from images.progress import Progress, Report
 
-__all__ = ["Deb", "Selection", "collect_garbage", "fetch", "fetch_source", "resolve", "unpack"]
+__all__ = [
+    "Deb",
+    "Selection",
+    "collect_garbage",
+    "fetch",
+    "fetch_from_pool",
+    "fetch_source",
+    "resolve",
+    "unpack",
+]
 
+HELPER = Path("/usr/lib/apt/apt-helper")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 #: A selection is made anew after this long, so that "the newest" stays true; an archive
 #: that cannot be reached then is no error while the old selection is at hand.
@@ -178,6 +188,43 @@ def fetch_source(cache: Cache, suite: str, package: str, progress: Progress) -> 
         with progress.step(f"Source of {package}: downloading") as report:
             listing = state.source(package, place, report)
     return [place / name for name in listing]
+
+
+def fetch_from_pool(cache: Cache, files: Mapping[str, str], progress: Progress) -> list[Path]:
+    """Files of the archive's pool that are in no index (any more); their hashes vouch for them.
+
+    :param files: a path below the archive's root, to its SHA-256.
+    :raises EnvironmentFault: no apt, no archive to be reached, or it has not got them.
+    """
+    _require_tools()
+    if not HELPER.exists():
+        raise EnvironmentFault(f"{HELPER} is needed to get files of the archive (apt has it)")
+    place = cache.root / "sources"
+    place.mkdir(exist_ok=True)
+    paths = []
+    with cache.lock("apt", waiting_for="downloads", progress=progress):
+        for name, sha256 in files.items():
+            path = place / Path(name).name
+            paths.append(path)
+            if path.is_file() and sha256_of(path) == sha256:
+                continue
+            scratch = path.with_name(path.name + ".new")
+            with progress.step(f"{path.name}: downloading"):
+                done = subprocess.run(
+                    [
+                        *("setpriv", "--pdeathsig=KILL", HELPER, "-oAPT::Sandbox::User="),
+                        *("download-file", f"{_mirror(cache.root / 'apt')}/{name}", scratch),
+                        f"SHA256:{sha256}",
+                    ],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "LC_ALL": "C"},
+                )
+            if done.returncode:
+                raise EnvironmentFault(f"the archive does not serve {name}: {_reason(done.stderr)}")
+            scratch.replace(path)
+    return paths
 
 
 def unpack(debs: Sequence[Path], into: Path, *, drop: Sequence[str] = ()) -> None:

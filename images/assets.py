@@ -384,9 +384,8 @@ class BuiltKernel(FromPackages, Kernel):
         (into / "built/config").rename(into / "config")
         (into / "built").rmdir()
         (into / "initrd").write_bytes(_initrd_skeleton(tools, ()).finish())
-        (into / "version").write_text(
-            tarball.name.removeprefix("linux-source-").removesuffix(".tar.xz") + " (built)"
-        )
+        version = tarball.name.removeprefix("linux-source-").removesuffix(".tar.xz")
+        (into / "version").write_text(version)
         shutil.rmtree(unpacked)
 
 

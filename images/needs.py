@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from images.errors import EnvironmentFault
 
-__all__ = ["KERNEL", "QEMU", "Need", "install_command", "missing", "require"]
+__all__ = ["KERNEL", "QEMU", "Need", "install", "install_command", "missing", "require"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,28 @@ def install_command(needs: Iterable[Need]) -> list[str]:
     """The command that installs ``needs`` on Debian, each package named once."""
     packages = dict.fromkeys(need.package for need in needs)
     return ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+
+
+def install(needs: Iterable[Need]) -> None:
+    """Install what is missing.
+
+    :raises EnvironmentFault: we are not root, or it cannot be installed.
+    """
+    lacking = missing(needs)
+    if not lacking:
+        return
+    command = install_command(lacking)
+    if os.geteuid():
+        raise EnvironmentFault(f"only root can do this: {' '.join(command)}")
+    environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for argv in (command, ["apt-get", "update"], command):  # the lists may be old, or none
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environ
+        )
+        if argv is command and done.returncode == 0:
+            return
+    why = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+    raise EnvironmentFault(f"{' '.join(command)}: {''.join(why)}")
 
 
 def require(needs: Iterable[Need], what: str) -> None:

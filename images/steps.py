@@ -30,7 +30,8 @@ def run(
 ) -> None:
     """Run ``argv`` at low priority, its output appended to ``log``.
 
-    Whatever ends this function early ends the command with all its children, too.
+    Whatever ends this function early ends the command with all its children, too; if this
+    process is killed, the command is as well, and its children after what they are at.
 
     :param what: the step, as the failure's text calls it.
     :param on_line: called with each line of output, to follow the progress.
@@ -42,7 +43,7 @@ def run(
     with (
         log.open("a") as out,
         subprocess.Popen(
-            ["nice", "-n", "10", *argv],
+            ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "10", *argv],
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ class ProbeBuildError(RuntimeError):
 
 def build(output: Path, cc: str = "gcc") -> None:
     """Compile the probe guest and write its ROM to *output*."""
-    with tempfile.TemporaryDirectory(prefix="probe-") as directory:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix="probe-") as directory:
         rom = Path(directory, "probe.bin")
         inputs = [str(_HERE / name) for name in ("entry.S", "probe.c")]
         command = [cc, *_FLAGS, f"-Wl,-T,{_HERE / 'probe.ld'}", *inputs, "-o", str(rom)]

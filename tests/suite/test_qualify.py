@@ -3,12 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from fixtures.qualify import QUICK, Fault, edited, load
+from fixtures.qualify import (
+    BEGIN,
+    END,
+    QUICK,
+    Fault,
+    Qualifier,
+    Result,
+    _Job,
+    _replace_table,
+    edited,
+    load,
+)
+from images.cache import Cache
 from images.errors import BadInputError
+from images.progress import Progress
+
+ROOT = Path(__file__).parents[2]
 
 SOURCE = """\
 static int other(int i)
@@ -75,3 +91,138 @@ def test_the_source_is_itself_again_afterwards(tmp_path: Path) -> None:
         assert path.read_text() != SOURCE
     assert path.read_text() == SOURCE
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.c"]
+
+
+def qualifier(tmp_path: Path, *results: Result) -> Qualifier:
+    faults = [fault_named(result.id, harmless=result.outcome == "clean") for result in results]
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/VERSION").write_text("10.2.2\n")
+    made = Qualifier(tmp_path, Cache(tmp_path / "cache"), faults, progress=Progress(quiet=True))
+    for result in results:
+        made._record(result)
+    return made
+
+
+def fault_named(name: str, *, harmless: bool = False, **more: str) -> Fault:
+    return Fault(name, "file.c", "victim", (("j", "k"),), "" if harmless else "all", "", **more)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        (["clean", "caught", "missed", "not applicable"], 0),
+        (["clean", "MISSED"], 1),
+        (["FALSE ALARM", "caught"], 1),
+        (["error", "caught"], 3),
+        (["error", "MISSED"], 1),
+    ],
+)
+def test_only_what_was_claimed_and_seen_is_good(
+    tmp_path: Path, outcomes: list[str], code: int
+) -> None:
+    results = [Result(f"fault-{n}", outcome) for n, outcome in enumerate(outcomes)]
+    assert qualifier(tmp_path, *results).exit_code() == code
+
+
+def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
+    made = qualifier(
+        tmp_path,
+        Result("bad", "caught", "takeover [8]: x", verify_s=12.4),
+        Result("base", "clean", verify_s=50),
+    )
+    made.faults = made.faults[:1]
+    for _ in range(2):
+        _replace_table(page, made)
+        assert page.read_text() == (
+            f"before\n{BEGIN}QEMU 10.2.2, 1 edits:\n\n"
+            "| fault | what it breaks | outcome | seen by | s |\n|---|---|---|---|---:|\n"
+            f"| bad | all | caught | takeover [8]: x | 12 |\n{END}\nafter\n"
+        )
+
+
+def test_a_page_without_a_place_for_the_table_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("mine\n")
+    with pytest.raises(BadInputError, match="no place for a table"):
+        _replace_table(page, qualifier(tmp_path))
+    assert page.read_text() == "mine\n"
+
+
+def test_the_table_of_the_readme_has_the_whole_catalogue() -> None:
+    table = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
+    assert {line.split("|")[1].strip() for line in table.splitlines() if line.count("|") == 6} == {
+        "fault",
+        "---",
+        "base",
+        *(entry.id for entry in load()),
+    }
+
+
+class _Builds(Qualifier):
+    """One that builds and verifies nothing."""
+
+    verified: list[str]
+
+    def build_base(self) -> Path:
+        self.verified = []
+        (self.work / "qemu").write_text("elf")
+        return self.work / "qemu"
+
+    def _verify(self, job: _Job) -> Result:
+        self.verified.append(job.fault.id)
+        if job.fault.id == "strange":
+            raise OSError("no such thing")
+        return Result(job.fault.id, "clean" if job.fault.harmless else "caught")
+
+
+@pytest.fixture
+def qualify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Builds]:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/VERSION").write_text("10.2.2\n")
+    (tmp_path / "source/file.c").write_text(SOURCE)
+    monkeypatch.setattr("images.qemu_build.build", lambda *_, **__: tmp_path / "qemu")
+
+    def run(*faults: Fault, **options: bool) -> _Builds:
+        made = _Builds(
+            tmp_path, Cache(tmp_path / "cache"), faults, progress=Progress(quiet=True), **options
+        )
+        made.run()
+        return made
+
+    return run
+
+
+def test_a_fault_for_other_versions_is_not_applicable(qualify: Callable[..., _Builds]) -> None:
+    made = qualify(fault_named("new", versions=">=11.0"))
+    assert made.results["new"].outcome == "not applicable"
+    assert made.verified == ["base"]
+
+
+def test_a_fault_that_does_not_match_its_version_is_an_error(
+    qualify: Callable[..., _Builds],
+) -> None:
+    made = qualify(fault("nowhere"))
+    assert made.results["id"].outcome == "error"
+    assert "must once" in made.results["id"].by
+    assert made.exit_code() == 3
+
+
+def test_what_has_been_seen_is_not_seen_again(qualify: Callable[..., _Builds]) -> None:
+    known = Fault("known", "file.c", "victim", ((r"i \+ 1", "0"),), "all", "")
+    assert qualify(known).verified == ["base", "known"]
+    assert qualify(known).verified == []
+    assert qualify(known).results["known"].outcome == "caught"
+    assert qualify(known, again=True).verified == ["base", "known"]
+
+
+def test_an_error_is_tried_again_and_stops_nothing(qualify: Callable[..., _Builds]) -> None:
+    faults = [
+        Fault(name, "file.c", "victim", ((r"i \+ 1", "0"),), "all", "")
+        for name in ("strange", "next")
+    ]
+    made = qualify(*faults)
+    assert made.results["strange"].outcome == "error"
+    assert made.results["next"].outcome == "caught"
+    assert qualify(*faults).verified == ["strange"]

@@ -166,7 +166,7 @@ def test_what_a_person_reads() -> None:
     assert "takeover: in use" in lines
     assert "FAIL takeover [8-vectors] behaviour 1: says test 1" in lines
     assert "skip takeover [8-vectors] behaviour 2: Skipped: why" in lines
-    assert any(line.startswith("error takeover [8-vectors] behaviour 4") for line in lines)
+    assert any(line.startswith("error takeover [8-vectors] (setup)") for line in lines)
     assert lines[-1].startswith("FAILED: 1 FAIL, 1 error, 1 known, 1 skip, 1 ok in ")
 
 
@@ -175,6 +175,14 @@ def test_what_fails_many_behaviours_for_one_reason_is_told_once() -> None:
     page = io.StringIO()
     verdict.print(Console(file=page, width=100))
     assert "\nskip takeover [8-vectors] behaviour 0 and 2 more: Skipped: why\n" in page.getvalue()
+
+
+def test_a_takeover_that_fails_is_not_called_by_the_name_of_a_behaviour() -> None:
+    verdict, _ = verdict_on((FAIL_IN_SETUP, NOT_CLEARED), FAIL)
+    page = io.StringIO()
+    verdict.print(Console(file=page, width=100))
+    assert "\nFAIL takeover [8-vectors] (setup): says test 0\n" in page.getvalue()
+    assert "\nFAIL takeover [8-vectors] behaviour 1: says test 1\n" in page.getvalue()
 
 
 @pytest.mark.parametrize(
