@@ -138,6 +138,7 @@ def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
         assert page.read_text() == (
             f"before\n{BEGIN}QEMU 10.2.2, 1 edits:\n\n"
             "| fault | what it breaks | outcome | seen by | s |\n|---|---|---|---|---:|\n"
+            "| base | (nothing) | clean |  | 50 |\n"
             f"| bad | all | caught | takeover [8]: x | 12 |\n{END}\nafter\n"
         )
 
@@ -146,7 +147,7 @@ def test_a_page_without_a_place_for_the_table_is_left_alone(tmp_path: Path) -> N
     page = tmp_path / "README.md"
     page.write_text("mine\n")
     with pytest.raises(BadInputError, match="no place for a table"):
-        _replace_table(page, qualifier(tmp_path))
+        _replace_table(page, qualifier(tmp_path, Result("base", "clean")))
     assert page.read_text() == "mine\n"
 
 
