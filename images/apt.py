@@ -222,6 +222,8 @@ def fetch_from_pool(cache: Cache, files: Mapping[str, str], progress: Progress) 
                     env={**os.environ, "LC_ALL": "C"},
                 )
             if done.returncode:
+                for rest in place.glob(f"{scratch.name}*"):  # apt calls it .FAILED
+                    rest.unlink()
                 raise EnvironmentFault(f"the archive does not serve {name}: {_reason(done.stderr)}")
             scratch.replace(path)
     return paths

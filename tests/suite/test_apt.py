@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 from images import apt
-from images.cache import Cache
+from images.cache import Cache, sha256_of
 from images.errors import BadInputError, EnvironmentFault
 from images.progress import Progress
 
@@ -429,6 +429,26 @@ def test_a_package_that_is_not_what_was_selected_is_refused(cache: Cache) -> Non
         EnvironmentFault, match=r"Version '0.9' for 'libbase' was not found.*update"
     ):
         apt.fetch(cache, gone, QUIET, "Tool")
+
+
+@pytest.mark.usefixtures("debian")
+def test_a_file_of_the_pool_is_fetched_once_and_must_be_the_one_that_was_named(
+    cache: Cache, archive: Archive
+) -> None:
+    name = "pool/tool_1.0_amd64.deb"
+    good = hashlib.sha256((archive.root / "debian" / name).read_bytes()).hexdigest()
+    (path,) = apt.fetch_from_pool(cache, {name: good}, QUIET)
+    assert sha256_of(path) == good
+    assert apt.fetch_from_pool(cache, {name: good}, QUIET) == [path]
+    assert len(archive.asked("tool_1.0")) == 1
+    path.write_bytes(b"damaged")
+    apt.fetch_from_pool(cache, {name: good}, QUIET)
+    assert sha256_of(path) == good
+    path.unlink()
+    for wrong, sha256 in ((name, "0" * 64), ("pool/gone.deb", good)):
+        with pytest.raises(EnvironmentFault, match=f"the archive does not serve {wrong}"):
+            apt.fetch_from_pool(cache, {wrong: sha256}, QUIET)
+    assert list(path.parent.iterdir()) == []
 
 
 @pytest.mark.usefixtures("debian")

@@ -6,13 +6,16 @@ Kernel and QEMU are played by source trees of a few lines; everything around the
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from fixtures.waiting import until
 from images import kernel_build, needs, qemu_build, steps
 from images.errors import BadInputError, EnvironmentFault
 
@@ -61,6 +64,31 @@ def test_missing_needs_are_named_with_one_command_that_installs_them() -> None:
     assert "flex, gelf.h, libelf.h" in str(caught.value)
     assert str(caught.value).endswith("apt-get install -y --no-install-recommends flex libelf-dev")
     needs.require([present], "the kernel")
+
+
+def test_what_is_missing_is_installed_and_a_failure_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "apt-get").write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/log\n'
+        f"[ $1 = update ] && touch {tmp_path}/lists\n"
+        f'[ -e {tmp_path}/lists ] || {{ echo "E: Unable to locate" >&2; exit 100; }}\n'
+    )
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    flex = needs.Need("flex", lambda: False, "flex")
+    needs.install([needs.Need("here", lambda: True, "here-dev")])
+    assert not (tmp_path / "log").exists()
+    needs.install([flex])
+    asked = [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()]
+    assert asked == ["install", "update", "install"]
+    (tmp_path / "apt-get").write_text("#!/bin/sh\necho E: no such package >&2; exit 100\n")
+    with pytest.raises(EnvironmentFault, match=r"apt-get install .*flex: E: no such package"):
+        needs.install([flex])
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(EnvironmentFault, match=r"only root can do this: apt-get install"):
+        needs.install([flex])
 
 
 def test_checks_tell_what_is_there_from_what_is_not(
@@ -155,7 +183,38 @@ def test_an_abandoned_step_leaves_no_process_behind(tmp_path: Path) -> None:
         )
     state = Path(f"/proc/{pids[0]}/stat")
     # An orphan that nobody has reaped yet is gone, too.
-    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    until(
+        lambda: not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z",
+        "the child to end",
+        10,
+        pause_s=0.01,
+    )
+
+
+def test_a_step_does_not_outlive_a_builder_that_is_killed(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; from images import steps; "
+        "steps.run(['sleep', '60'], what='the step', log=Path('log'))"
+    )
+    builder = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environ())
+
+    def steps_of_it() -> list[Path]:
+        children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children").read_text().split()
+        return [Path(f"/proc/{pid}") for pid in children]
+
+    (step,) = until(
+        lambda: [path for path in steps_of_it() if b"sleep" in (path / "cmdline").read_bytes()[:5]],
+        "the step",
+        10,
+        pause_s=0.02,
+    )
+    builder.kill()
+    builder.wait()
+    until(lambda: not step.exists(), "the step to end", 10, pause_s=0.02)
+
+
+def environ() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(steps.__file__).parents[1])}
 
 
 def test_a_source_package_gets_only_the_patches_that_its_tarball_needs(tmp_path: Path) -> None:
