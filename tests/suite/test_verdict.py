@@ -217,7 +217,7 @@ from fixtures.subject import Subject
 @pytest.fixture(scope="session")
 def bench(pytestconfig):
     capabilities = Capabilities("11.1.3", "0" * 64, ("cpr-transfer",), True, True, True)
-    bench = Bench(Subject("a QEMU", capabilities, None, None))
+    bench = Bench(Subject("a QEMU", capabilities, None, None, None))
     pytestconfig.stash[plugin._BENCH] = bench
     return bench
 
