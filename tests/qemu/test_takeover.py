@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import VECTORS, AtEnd, Bench
-from fixtures.rig import TakenOver
+from fixtures.rig import WITNESS, TakenOver
 
 
 @pytest.fixture(scope="module", params=VECTORS, ids=lambda n: f"{n}-vectors")
@@ -93,6 +93,12 @@ def test_new_qemu_holds_the_same_eventfds_by_name_and_vector(taken_over: TakenOv
     assert dict(taken_over.eventfds_after) == dict(before)
 
 
+def test_new_qemu_holds_as_many_descriptors_of_each_kind(taken_over: TakenOver) -> None:
+    """None is leaked, and none is missing: eventfds, vfio's, KVM's, memory."""
+    assert taken_over.descriptors_before["anon_inode:[eventfd]"] >= 2 * len(taken_over.rig.vectors)
+    assert dict(taken_over.descriptors_after) == dict(taken_over.descriptors_before)
+
+
 def test_config_space_is_the_same(taken_over: TakenOver) -> None:
     assert taken_over.after.config.hex(" ", 4) == taken_over.before.config.hex(" ", 4)
 
@@ -115,6 +121,13 @@ def test_new_qemu_runs_and_old_qemu_is_left_in_postmigrate(taken_over: TakenOver
 def test_the_device_is_not_reset(taken_over: TakenOver) -> None:
     """By the device's own word: a register that every reset clears still holds its value."""
     assert taken_over.after.witness == taken_over.before.witness != 0
+
+
+def test_registers_of_the_device_can_be_written_after_cpr(taken_over: TakenOver) -> None:
+    rig = taken_over.rig
+    place = rig.endpoint.WITNESS_BAR, rig.endpoint.WITNESS_OFFSET
+    rig.function.write(*place, ~WITNESS & 0xFFFFFFFF)
+    assert rig.function.read(*place) == ~WITNESS & 0xFFFFFFFF
 
 
 @pytest.mark.usefixtures("traces")

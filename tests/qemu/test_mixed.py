@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Vectors are in every state there is, side by side; then new QEMU takes over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from fixtures.bench import Bench
+from fixtures.rig import TakenOver
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A table of so many vectors; each state comes in turn, so that none has its own region."""
+
+    vectors: int
+
+    def __str__(self) -> str:
+        return f"{self.vectors}-vectors"
+
+    @property
+    def unmasked(self) -> range:
+        return range(0, self.vectors, 4)
+
+    @property
+    def masked(self) -> range:
+        """In use once, and masked since; their messages were changed meanwhile."""
+        return range(1, self.vectors, 4)
+
+    @property
+    def pending(self) -> range:
+        """Masked as well, and fired."""
+        return range(2, self.vectors, 4)
+
+    @property
+    def unused(self) -> range:
+        return range(3, self.vectors, 4)
+
+
+@pytest.fixture(scope="module", params=(Mix(8), Mix(64)), ids=str)
+def mix(request: pytest.FixtureRequest) -> Mix:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def taken_over(request: pytest.FixtureRequest, bench: Bench, mix: Mix) -> TakenOver:
+    rig = bench.rig(mix.vectors, request.addfinalizer)
+    rig.enable()
+    used = [*mix.unmasked, *mix.masked, *mix.pending]
+    rig.program(*used)
+    rig.unmask(*used)
+    rig.mask(*mix.masked, *mix.pending)
+    rig.change_message(*mix.masked)
+    rig.fire(*mix.pending)
+    rig.fire(*mix.unmasked)
+    rig.check()
+    return rig.take_over()
+
+
+def test_masks_and_pending_bits_are_the_same_after_cpr(taken_over: TakenOver, mix: Mix) -> None:
+    assert taken_over.after.masked == {*mix.masked, *mix.pending, *mix.unused}
+    assert taken_over.after.pending == taken_over.before.pending == set(mix.pending)
+    assert taken_over.after.table.hex(" ", 16) == taken_over.before.table.hex(" ", 16)
+
+
+def test_nothing_is_delivered_by_the_takeover(taken_over: TakenOver) -> None:
+    assert taken_over.after.log_count == taken_over.before.log_count
+
+
+@pytest.mark.usefixtures("traces")
+def test_only_vectors_that_were_used_have_eventfds(taken_over: TakenOver, mix: Mix) -> None:
+    vectors = {n for name, n in taken_over.eventfds_before if name == "interrupt"}
+    assert vectors == {*mix.unmasked, *mix.masked, *mix.pending}
+    assert dict(taken_over.eventfds_after) == dict(taken_over.eventfds_before)
+
+
+def test_unmasked_vectors_fire_beside_the_others(taken_over: TakenOver, mix: Mix) -> None:
+    rig = taken_over.rig
+    rig.fire(*mix.unmasked)
+    rig.check()
+
+
+def test_unmasking_delivers_what_was_pending_and_nothing_else(
+    taken_over: TakenOver, mix: Mix
+) -> None:
+    rig = taken_over.rig
+    rig.unmask(*mix.masked)
+    rig.check()
+    rig.unmask(*mix.pending)
+    rig.await_delivery(*mix.pending)
+    rig.check(in_order=False)
+
+
+def test_a_message_changed_before_cpr_is_the_one_delivered_after_it(
+    taken_over: TakenOver, mix: Mix
+) -> None:
+    rig = taken_over.rig
+    rig.unmask(*mix.masked)
+    rig.fire(*mix.masked)
+    rig.check()
+
+
+def test_an_unused_vector_can_be_enabled_after_cpr_and_fires(
+    taken_over: TakenOver, mix: Mix
+) -> None:
+    rig = taken_over.rig
+    for vector in mix.unused:
+        rig.program(vector)
+        rig.unmask(vector)
+        rig.fire(vector)
+    rig.check()
+
+
+def test_all_of_them_fire_in_the_end(taken_over: TakenOver) -> None:
+    rig = taken_over.rig
+    rig.program(*rig.vectors)
+    rig.unmask(*rig.vectors)
+    rig.await_delivery(*rig.vectors)
+    rig.begin()
+    rig.fire(*rig.vectors)
+    rig.check()
