@@ -143,8 +143,7 @@ def test_new_qemu_does_not_ask_for_a_reset(taken_over: TakenOver) -> None:
 
 def test_the_command_register_is_not_written(taken_over: TakenOver) -> None:
     """By the hardware's word, which has the writes from when vfio took the device."""
-    device = taken_over.rig.device
-    account, _ = device.host.config_writes(device.address)
+    account, _ = taken_over.rig.device.config_writes()
     assert any(" @0x4 " in line for line in account)
     assert [line for line in taken_over.config_writes if " @0x4 " in line] == []
 

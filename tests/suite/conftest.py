@@ -12,7 +12,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from fixtures.bench import Bench
+from fixtures.bench import LabBench
 from fixtures.endpoints import IvshmemDoorbell
 from fixtures.guests import MsixFunction, ProbeGuest
 from fixtures.hosts import Host, LabHost, LocalHost, SshHost
@@ -37,15 +37,15 @@ def local() -> Iterator[LocalHost]:
 
 
 @pytest.fixture(scope="session")
-def lab_bench(subject: Subject) -> Iterator[Bench]:
+def lab_bench(subject: Subject) -> Iterator[LabBench]:
     """A bench of our own: the verdict's one must not see what is done here to a lab host."""
-    bench = Bench(subject)
+    bench = LabBench(subject)
     yield bench
     bench.close()
 
 
 @pytest.fixture
-def lab(lab_bench: Bench) -> LabHost:
+def lab(lab_bench: LabBench) -> LabHost:
     """A lab host; the same for all tests as long as it is well."""
     return lab_bench.lab
 

@@ -17,7 +17,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from fixtures.bench import VECTORS, Bench
+from fixtures.bench import VECTORS, LabBench
 from fixtures.endpoints import IvshmemDoorbell
 from fixtures.guests.pci import MSIX_CAPABILITY
 from fixtures.hosts import (
@@ -284,7 +284,7 @@ def late_sshd(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_lab_host_that_dies_is_lost_and_the_bench_gives_another(
     lab: LabHost,
-    lab_bench: Bench,
+    lab_bench: LabBench,
     local: LocalHost,
     left_of: Callable[[Host, str], str],
     late_sshd: list[str],

@@ -209,7 +209,7 @@ CONFTEST = """\
 import os
 import pytest
 from fixtures import plugin
-from fixtures.bench import Bench
+from fixtures.bench import LabBench
 from fixtures.hosts.base import HostLostError
 from fixtures.machines.binary import Capabilities
 from fixtures.subject import Subject
@@ -217,8 +217,8 @@ from fixtures.subject import Subject
 @pytest.fixture(scope="session")
 def bench(pytestconfig):
     capabilities = Capabilities("11.1.3", "0" * 64, ("cpr-transfer",), True, True, True)
-    bench = Bench(Subject("a QEMU", capabilities, None, None, None))
-    pytestconfig.stash[plugin._BENCH] = bench
+    bench = LabBench(Subject("a QEMU", capabilities, None, None, None))
+    pytestconfig.stash[plugin._BENCHES]["bench"] = bench
     return bench
 
 @pytest.fixture
