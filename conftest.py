@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.subject import PROFILES
+
 pytest_plugins = ["fixtures.plugin", "fixtures.evidence.verdict"]
 
 
@@ -38,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("auto", "built", "debian"),
         default="auto",
         help="the lab host's kernel: our own, Debian's, or our own if it is there",
+    )
+    group.addoption(
+        "--profile",
+        choices=PROFILES,
+        default=PROFILES[0],
+        help="smoke: only what needs no lab host; quick: everything (default)",
     )
     group.addoption("--cache", type=Path, metavar="DIR", help="where images are kept")
     group.addoption(

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import pytest
 
-from fixtures.rig import TakenOver
 from fixtures.subject import Subject
 
 
 @pytest.fixture(autouse=True)
-def _each_behaviour_counts_for_itself(taken_over: TakenOver) -> None:
+def _each_behaviour_counts_for_itself(request: pytest.FixtureRequest) -> None:
     """Deliveries are counted from the start of each test: one failure does not cause more."""
-    taken_over.rig.begin()
+    if "taken_over" in request.fixturenames:
+        request.getfixturevalue("taken_over").rig.begin()
+    elif "rig" in request.fixturenames:
+        request.getfixturevalue("rig").begin()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import Bench
+from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
 #: Masked after the first CPR.  Of these, FIRED fire before the second.
@@ -56,7 +57,7 @@ def test_new_qemu_holds_as_many_descriptors_of_each_kind_as_the_first(
 
 
 def test_config_space_is_the_same(taken_over: TakenOver) -> None:
-    assert taken_over.after.config.hex(" ", 4) == taken_over.before.config.hex(" ", 4)
+    expect_same("configuration space", taken_over.before.config, taken_over.after.config)
 
 
 def test_the_device_is_not_reset(taken_over: TakenOver) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import Bench
+from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
 
@@ -24,8 +25,8 @@ def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
 
 
 def test_it_is_disabled_after_cpr(taken_over: TakenOver) -> None:
-    assert taken_over.after.config.hex(" ", 4) == taken_over.before.config.hex(" ", 4)
-    assert taken_over.after.table.hex(" ", 16) == taken_over.before.table.hex(" ", 16)
+    expect_same("configuration space", taken_over.before.config, taken_over.after.config)
+    expect_same("the MSI-X table", taken_over.before.table, taken_over.after.table, 16)
 
 
 def test_nothing_is_delivered_by_the_takeover(taken_over: TakenOver) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import Bench
+from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
 
@@ -22,7 +23,7 @@ def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
 
 
 def test_function_mask_is_set_after_cpr(taken_over: TakenOver) -> None:
-    assert taken_over.after.config.hex(" ", 4) == taken_over.before.config.hex(" ", 4)
+    expect_same("configuration space", taken_over.before.config, taken_over.after.config)
     assert taken_over.after.masked == set(), "the vectors' own mask bits"
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import VECTORS, AtEnd, Bench
+from fixtures.oracle.observation import expect_same
 from fixtures.rig import WITNESS, TakenOver
 
 
@@ -100,11 +101,11 @@ def test_new_qemu_holds_as_many_descriptors_of_each_kind(taken_over: TakenOver) 
 
 
 def test_config_space_is_the_same(taken_over: TakenOver) -> None:
-    assert taken_over.after.config.hex(" ", 4) == taken_over.before.config.hex(" ", 4)
+    expect_same("configuration space", taken_over.before.config, taken_over.after.config)
 
 
 def test_msix_table_is_the_same(taken_over: TakenOver) -> None:
-    assert taken_over.after.table.hex(" ", 16) == taken_over.before.table.hex(" ", 16)
+    expect_same("the MSI-X table", taken_over.before.table, taken_over.after.table, 16)
 
 
 def test_the_guest_keeps_running(taken_over: TakenOver) -> None:
@@ -125,9 +126,9 @@ def test_the_device_is_not_reset(taken_over: TakenOver) -> None:
 
 def test_registers_of_the_device_can_be_written_after_cpr(taken_over: TakenOver) -> None:
     rig = taken_over.rig
-    place = rig.endpoint.WITNESS_BAR, rig.endpoint.WITNESS_OFFSET
-    rig.function.write(*place, ~WITNESS & 0xFFFFFFFF)
-    assert rig.function.read(*place) == ~WITNESS & 0xFFFFFFFF
+    register = rig.endpoint.witness_register
+    rig.function.write(*register, ~WITNESS & 0xFFFFFFFF)
+    assert rig.function.read(*register) == ~WITNESS & 0xFFFFFFFF
 
 
 @pytest.mark.usefixtures("traces")

@@ -217,7 +217,7 @@ def test_signals_that_the_client_has_not_read_are_one(
 def test_the_witness_keeps_its_value_until_the_device_is_reset(
     there: Plugged, function: MsixFunction
 ) -> None:
-    place = there.endpoint.WITNESS_BAR, there.endpoint.WITNESS_OFFSET
+    place = there.endpoint.witness_register
     function.write(*place, 0x5EEDCAFE)
     function.set_control(enable=True, function_mask=False)
     assert function.read(*place) == 0x5EEDCAFE

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from fixtures.oracle import Mismatch, MsixModel, Observation
-from fixtures.oracle.observation import compare
+from fixtures.oracle.observation import compare, expect_same
 from fixtures.rig import Rig
 
 
@@ -188,3 +188,21 @@ def test_an_interrupt_that_no_vector_of_ours_names_is_told(
 ) -> None:
     with pytest.raises(Mismatch, match=rf"nothing had raised: IDT vector {stray:#x} 1 times"):
         rig_that_saw(model, 0x32, stray, 0x30).check()
+
+
+def test_the_same_bytes_are_the_same() -> None:
+    expect_same("it", bytes(8), bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("after", "says"),
+    [
+        (b"\0\0\0\0\1\0\0\0", "it differs: 0x4: 00000000 -> 01000000"),
+        (b"\1\0\0\0\0\0\0\2", "it differs: 0x0: 00000000 -> 01000000, 0x4: 00000000 -> 00000002"),
+        (bytes(4), "it differs: 0x4: 00000000 -> "),
+    ],
+)
+def test_what_differs_is_told_with_its_place(after: bytes, says: str) -> None:
+    with pytest.raises(Mismatch) as caught:
+        expect_same("it", bytes(8), after)
+    assert str(caught.value) == says

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The device is a vfio-user server; a CPR is refused while the guest runs, or preserves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from fixtures.cpr.transfer import CprError
+from fixtures.direct import DirectBench
+from fixtures.endpoints.vfio_user import VfioUserEndpoint
+from fixtures.endpoints.vfio_user.witness import ConfigWritten, WasReset
+from fixtures.oracle.observation import Observation, expect_same
+from fixtures.rig import Rig
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A CPR, and what came of it.
+
+    :ivar mark: where the endpoint's account was before it.
+    :ivar before: what the guest saw of the function before it.
+    :ivar after: the same afterwards, in whichever QEMU the guest is in then.
+    :ivar refused: why there was none.
+    """
+
+    rig: Rig
+    endpoint: VfioUserEndpoint
+    mark: int
+    before: Observation
+    after: Observation
+    refused: CprError | None
+
+
+@pytest.fixture(scope="module", params=(8,), ids=lambda n: f"{n}-vectors")
+def attempt(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Attempt:
+    rig = direct_bench.rig(request.param, request.addfinalizer)
+    rig.enable()
+    rig.program(*rig.vectors)
+    rig.unmask(*rig.vectors)
+    rig.fire(*rig.vectors)
+    before = rig.check()
+    assert isinstance(rig.endpoint, VfioUserEndpoint)
+    mark, refused = rig.endpoint.witness.mark(), None
+    try:
+        rig.take_over()
+    except CprError as error:
+        refused = error
+    return Attempt(rig, rig.endpoint, mark, before, rig.observe(), refused)
+
+
+def test_a_cpr_that_is_refused_has_not_stopped_the_guest(attempt: Attempt) -> None:
+    monitor = attempt.rig.machines[0].monitor
+    assert attempt.refused is None or not monitor.seen("STOP"), f"{attempt.refused}"
+    assert attempt.rig.machine.status() == "running"
+
+
+def test_config_space_is_the_same(attempt: Attempt) -> None:
+    expect_same("configuration space", attempt.before.config, attempt.after.config)
+
+
+def test_msix_table_is_the_same(attempt: Attempt) -> None:
+    expect_same("the MSI-X table", attempt.before.table, attempt.after.table, 16)
+
+
+def test_the_device_is_not_reset(attempt: Attempt) -> None:
+    assert attempt.endpoint.witness.since(attempt.mark, WasReset) == []
+
+
+def test_configuration_space_is_not_written(attempt: Attempt) -> None:
+    assert attempt.endpoint.witness.since(attempt.mark, ConfigWritten) == []
+
+
+def test_every_vector_fires(attempt: Attempt) -> None:
+    rig = attempt.rig
+    rig.begin()
+    rig.fire(*rig.vectors)
+    rig.check()
