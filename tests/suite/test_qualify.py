@@ -132,14 +132,15 @@ def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
         Result("bad", "caught", "takeover [8]: x", verify_s=12.4),
         Result("base", "clean", verify_s=50),
     )
-    made.faults = made.faults[:1]
+    catalogue = [made.faults[0], fault_named("new")]
     for _ in range(2):
-        _replace_table(page, made)
+        _replace_table(page, made, catalogue)
         assert page.read_text() == (
-            f"before\n{BEGIN}QEMU 10.2.2, 1 edits:\n\n"
+            f"before\n{BEGIN}QEMU 10.2.2, 2 edits:\n\n"
             "| fault | what it breaks | outcome | seen by | s |\n|---|---|---|---|---:|\n"
             "| base | (nothing) | clean |  | 50 |\n"
-            f"| bad | all | caught | takeover [8]: x | 12 |\n{END}\nafter\n"
+            "| bad | all | caught | takeover [8]: x | 12 |\n"
+            f"| new | all | not tried |  | 0 |\n{END}\nafter\n"
         )
 
 
@@ -147,7 +148,7 @@ def test_a_page_without_a_place_for_the_table_is_left_alone(tmp_path: Path) -> N
     page = tmp_path / "README.md"
     page.write_text("mine\n")
     with pytest.raises(BadInputError, match="no place for a table"):
-        _replace_table(page, qualifier(tmp_path, Result("base", "clean")))
+        _replace_table(page, qualifier(tmp_path), [])
     assert page.read_text() == "mine\n"
 
 
