@@ -637,8 +637,50 @@ def test_a_file_that_is_shortened_is_an_error_and_not_our_end(
 ) -> None:
     connect().ask(DmaMap(3, 0, 0, 16 * PAGE), memory)
     os.truncate(memory, PAGE)
-    with pytest.raises(DmaError, match="the file behind 0x0 has been shortened"):
+    with pytest.raises(DmaError, match="the file has been shortened to 0x1000 of 0x4004 bytes"):
         endpoint.dma_read(4 * PAGE, 4)
+
+
+def test_many_regions_of_one_file_cost_one_descriptor(
+    endpoint: VfioUserEndpoint, connect: Connect, memory: int
+) -> None:
+    client = connect()
+    client.ask(DmaMap(3, 0, 0x8000, 0x100), memory)
+    before = open_descriptors()
+    for n in range(1, 256):  # each elsewhere in the file than in the order of addresses
+        client.ask(DmaMap(3, 0x100 * (n ^ 0x55), 0x8000 + 0x100 * n, 0x100), memory)
+    assert open_descriptors().keys() == before.keys()
+    data = os.urandom(0x10000)
+    endpoint.dma_write(0x8000 + 0x100, data[0x100:])
+    content = os.pread(memory, 0x10000, 0)
+    for n in range(1, 256):
+        at = 0x100 * (n ^ 0x55)
+        assert content[at : at + 0x100] == data[0x100 * n : 0x100 * n + 0x100]
+    assert endpoint.dma_read(0x8000 + 0x100, 0xFF00) == data[0x100:]
+    for n in range(256):
+        client.ask(DmaUnmap(0x8000 + 0x100 * n, 0x100))
+    assert len(open_descriptors()) == len(before) - 1
+
+
+def test_a_file_may_grow(endpoint: VfioUserEndpoint, connect: Connect, memory: int) -> None:
+    client = connect()
+    client.ask(DmaMap(3, 0, 0, PAGE), memory)
+    endpoint.dma_write(0, b"a")
+    os.truncate(memory, 32 * PAGE)
+    client.ask(DmaMap(3, 31 * PAGE, PAGE, PAGE), memory)
+    endpoint.dma_write(PAGE, b"b")
+    assert os.pread(memory, 1, 31 * PAGE) == b"b"
+
+
+def test_what_is_no_file_is_accessed_by_messages(
+    endpoint: VfioUserEndpoint, connect: Connect, eventfds: list[int]
+) -> None:
+    client = connect()
+    client.ask(DmaMap(3, 0, 0, PAGE), eventfds[0])
+    remote = Memory(client)
+    remote.start()
+    endpoint.dma_write(0, b"abc")
+    assert bytes(remote.bytes[:3]) == b"abc"
 
 
 def test_the_newest_client_that_has_it_mapped_is_accessed(
@@ -821,6 +863,18 @@ def test_a_silent_device_answers_afterwards(endpoint: VfioUserEndpoint, connect:
         number = client.say(GetInfo())
         assert select.select([client.stream], [], [], 0.1)[0] == []
     assert client.hear()[0].id == number
+
+
+def test_a_silent_device_can_be_dropped_and_die(
+    endpoint: VfioUserEndpoint, connect: Connect
+) -> None:
+    for end in (endpoint.drop, endpoint.die):
+        client = connect()
+        with endpoint.silence():
+            client.say(GetInfo())
+            end()
+            assert client.ended()
+            until(lambda: not endpoint.clients, "the client to be forgotten", 5, pause_s=0.002)
 
 
 def test_connections_can_be_dropped_one_by_one_and_all(
