@@ -529,6 +529,18 @@ def test_a_device_that_does_not_answer_ends_the_start_of_qemu(
     assert [type(event) for event in endpoint.witness.since(0, Event)][:1] == [Connected]
 
 
+def test_a_device_that_does_not_answer_in_time_reads_as_all_ones(
+    plug: Callable[..., Plugged],
+) -> None:
+    there = plug(device={"x-msg-timeout": 300})
+    function = MsixFunction(there.guest, SLOT)
+    with there.endpoint.silence():
+        assert function.read(0, 0) == 0xFFFFFFFF
+        there.endpoint.drop()
+    assert "timed out waiting for reply" in there.machine.said()
+    assert there.machine.status() == "running"
+
+
 def test_a_slow_device_is_waited_for(there: Plugged, function: MsixFunction) -> None:
     function.write(0, 8, 0x5EEDCAFE)
     answers: list[int] = []

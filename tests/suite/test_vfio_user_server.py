@@ -478,6 +478,18 @@ def test_the_client_can_trigger_interrupts_itself(connect: Connect, eventfds: li
     assert [signals(eventfd) for eventfd in eventfds] == [1, 0, 1, 0, 0, 0, 0, 0]
 
 
+def test_an_eventfd_that_is_full_holds_nothing_up(
+    endpoint: VfioUserEndpoint, connect: Connect
+) -> None:
+    client, full = connect(), os.eventfd(0)
+    os.eventfd_write(full, (1 << 64) - 2)
+    client.ask(SetIrqs(TRIGGER, Irq.MSIX, 0, 1), full)
+    endpoint.fire(0)
+    client.ask(SetIrqs(IrqSet.NONE | IrqSet.TRIGGER, Irq.MSIX, 0, 1))
+    assert os.eventfd_read(full) == (1 << 64) - 2
+    os.close(full)
+
+
 def test_masks_of_message_interrupts_are_the_clients_business(
     endpoint: VfioUserEndpoint, connect: Connect, eventfds: list[int]
 ) -> None:
@@ -778,6 +790,9 @@ def test_dma_that_a_client_refuses_or_does_not_answer_is_an_error(
 ) -> None:
     remote.error = errno.EFAULT
     with pytest.raises(DmaError, match="client 0 refused DMA_READ: Bad address"):
+        endpoint.dma_read(0, 4)
+    remote.error = 0xFFFFFFFF
+    with pytest.raises(DmaError, match="client 0 refused DMA_READ: Invalid argument"):
         endpoint.dma_read(0, 4)
     remote.error, remote.short = 0, True
     with pytest.raises(DmaError, match="client 0: Protocol error: 3 bytes of 4"):
