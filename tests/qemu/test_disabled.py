@@ -29,6 +29,12 @@ def test_it_is_disabled_after_cpr(taken_over: TakenOver) -> None:
     expect_same("the MSI-X table", taken_over.before.table, taken_over.after.table, 16)
 
 
+@pytest.mark.usefixtures("traces")
+def test_no_vector_has_an_eventfd_in_either_qemu(taken_over: TakenOver) -> None:
+    for held in (taken_over.eventfds_before, taken_over.eventfds_after):
+        assert [key for key in held if key[0] in ("interrupt", "kvm_interrupt")] == []
+
+
 def test_nothing_is_delivered_by_the_takeover(taken_over: TakenOver) -> None:
     assert taken_over.after.log_count == taken_over.before.log_count
 
