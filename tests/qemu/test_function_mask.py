@@ -10,7 +10,7 @@ from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
 
-@pytest.fixture(scope="module", params=(8, 64), ids=lambda n: f"{n}-vectors")
+@pytest.fixture(scope="module", params=(64,), ids=lambda n: f"{n}-vectors")
 def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
     rig = bench.rig(request.param, request.addfinalizer)
     rig.enable()

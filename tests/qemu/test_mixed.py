@@ -40,7 +40,7 @@ class Mix:
         return range(3, self.vectors, 4)
 
 
-@pytest.fixture(scope="module", params=(Mix(8), Mix(64)), ids=str)
+@pytest.fixture(scope="module", params=(Mix(64),), ids=str)
 def mix(request: pytest.FixtureRequest) -> Mix:
     return request.param  # type: ignore[no-any-return]
 
