@@ -7,18 +7,22 @@ import threading
 
 import pytest
 
-from fixtures.direct import DirectBench
+from fixtures.direct import DirectBench, described
 from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.rig import WITNESS, Rig
 from fixtures.waiting import until
 
+#: How long QEMU waits for an answer.
+PATIENCE_MS = 2000
 #: What a read returns that no device answers.
 NOTHING = 0xFFFF_FFFF
 
 
 @pytest.fixture(params=(8,), ids=lambda n: f"{n}-vectors")
 def rig(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Rig:
-    rig = direct_bench.rig(request.param, request.addfinalizer)
+    patience = {"x-msg-timeout": PATIENCE_MS}
+    rig = direct_bench.rig_with(described(request.param), request.addfinalizer, **patience)
+    rig.power_on()
     rig.enable()
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)
@@ -39,7 +43,7 @@ def test_an_answer_that_comes_late_is_the_right_one(rig: Rig, endpoint: VfioUser
     with endpoint.silence():
         reader.start()
         until(lambda: endpoint.held, "the guest's read", 10, pause_s=0.005)
-        reader.join(1.0)
+        reader.join(PATIENCE_MS / 1000 / 4)
         assert reader.is_alive(), f"answered by somebody else: {answers}"
     reader.join(10.0)
     assert answers == [WITNESS]

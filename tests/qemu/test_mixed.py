@@ -14,7 +14,10 @@ from fixtures.rig import TakenOver
 
 @dataclass(frozen=True)
 class Mix:
-    """A table of so many vectors; each state comes in turn, so that none has its own region."""
+    """A table of so many vectors; each state comes in turn, so that none has its own region.
+
+    The first and the last vector, and those at the edge of a word, are pending.
+    """
 
     vectors: int
 
@@ -22,22 +25,29 @@ class Mix:
         return f"{self.vectors}-vectors"
 
     @property
-    def unmasked(self) -> range:
-        return range(0, self.vectors, 4)
+    def unmasked(self) -> list[int]:
+        return self._each_fourth(0)
 
     @property
-    def masked(self) -> range:
+    def masked(self) -> list[int]:
         """In use once, and masked since; their messages were changed meanwhile."""
-        return range(1, self.vectors, 4)
+        return self._each_fourth(1)
 
     @property
-    def pending(self) -> range:
+    def pending(self) -> list[int]:
         """Masked as well, and fired."""
-        return range(2, self.vectors, 4)
+        return sorted({*self._each_fourth(2), *self._edges})
 
     @property
-    def unused(self) -> range:
-        return range(3, self.vectors, 4)
+    def unused(self) -> list[int]:
+        return self._each_fourth(3)
+
+    @property
+    def _edges(self) -> set[int]:
+        return {0, 31, 32, self.vectors - 1}
+
+    def _each_fourth(self, first: int) -> list[int]:
+        return [n for n in range(first, self.vectors, 4) if n not in self._edges]
 
 
 @pytest.fixture(scope="module", params=(Mix(64),), ids=str)

@@ -28,7 +28,6 @@ class Scene:
 SCENES = (
     Scene(1, "only", {0: 1}),
     Scene(8, "several", {1: 1, 2: 3, 5: 2}),
-    Scene(64, "edges", {0: 1, 31: 1, 32: 2, 63: 1}),
     Scene(64, "all", dict.fromkeys(range(64), 1)),
 )
 
@@ -82,9 +81,8 @@ def test_each_pending_vector_is_delivered_once_when_unmasked(taken_over: TakenOv
     rig.unmask(*idle[1::2])
     rig.check()
     for vector in from_both_ends(rig.model.pending):
-        rig.unmask(vector)
+        assert rig.unmask_and_look(vector) == rig.model.pending
         rig.await_delivery(vector)
-        assert rig.function.pending() == rig.model.pending
     rig.check()
 
 
