@@ -51,10 +51,12 @@ def taken_over(request: pytest.FixtureRequest, bench: Bench, scene: Scene) -> Ta
     return rig.take_over()
 
 
-def from_both_ends(vectors: set[int]) -> list[int]:
-    """First, last, second, last but one, ...: each is followed by some above and some below."""
+def from_the_middle(vectors: set[int]) -> list[int]:
+    """One in the middle, then from both ends: each has others above it, below it, or both."""
     left = deque(sorted(vectors))
-    return [left.pop() if n % 2 else left.popleft() for n in range(len(left))]
+    middle = left[len(left) // 2]
+    left.remove(middle)
+    return [middle, *(left.pop() if n % 2 else left.popleft() for n in range(len(left)))]
 
 
 def test_pending_bits_are_set_before_cpr(taken_over: TakenOver, scene: Scene) -> None:
@@ -80,7 +82,7 @@ def test_each_pending_vector_is_delivered_once_when_unmasked(taken_over: TakenOv
     idle = sorted(rig.model.masked - rig.model.pending)
     rig.unmask(*idle[1::2])
     rig.check()
-    for vector in from_both_ends(rig.model.pending):
+    for vector in from_the_middle(rig.model.pending):
         assert rig.unmask_and_look(vector) == rig.model.pending
         rig.await_delivery(vector)
     rig.check()
