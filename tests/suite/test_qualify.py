@@ -179,6 +179,34 @@ class _Builds(Qualifier):
         return Result(job.fault.id, "clean" if job.fault.harmless else "caught")
 
 
+@pytest.mark.parametrize(
+    ("tests", "ends", "outcome"),
+    [
+        ("test_takeover", [1], "caught"),
+        ("test_takeover", [0, 1], "caught"),
+        ("test_takeover", [0, 0], "MISSED"),
+        ("test_takeover", [3, 1], "caught"),
+        ("test_takeover", [3, 3], "error"),
+        ("test_takeover", [0, 3, 0], "MISSED"),
+        ("", [1], "caught"),
+    ],
+)
+def test_what_could_not_be_verified_is_tried_once_more(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tests: str,
+    ends: list[int],
+    outcome: str,
+) -> None:
+    made = qualifier(tmp_path, Result("bad", "caught"))
+    left = iter(ends)
+    monkeypatch.setattr(Qualifier, "_run", lambda *_: (next(left), "by"))
+    monkeypatch.setattr(Cache, "discard", lambda *_: None)
+    bad = Fault("bad", "file.c", "victim", (("j", "k"),), "all", tests)
+    assert made._verify(_Job(bad, Path("/bin/true"))).outcome == outcome
+    assert list(left) == []
+
+
 @pytest.fixture
 def qualify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Builds]:
     (tmp_path / "source").mkdir()
