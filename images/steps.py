@@ -41,7 +41,7 @@ def run(
     tail: list[str] = []
     # Minutes of compiling must not slow down what somebody else does on this machine.
     with (
-        log.open("a") as out,
+        log.open("a", buffering=1) as out,  # by lines: people follow it
         subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "nice", "-n", "10", *argv],
             cwd=cwd,
