@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="ASSET",
         help="any of: probe, tools, qemu, qemu-image, labroot, debian-kernel, kernel (our own, "
-        "5 to 10 min), lab-kernel (our own if it has been built, else Debian's); "
+        "5 to 12 min), lab-kernel (our own if it has been built, else Debian's); "
         f"default: {' '.join(DEFAULT)}",
     )
     verbs.add_parser("list", help="what is in the cache, with sizes")
