@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from fixtures.endpoints.vfio_user import VfioUserEndpoint
+from fixtures.rig import Rig
 from fixtures.subject import Subject
 
 
@@ -15,6 +17,13 @@ def _each_behaviour_counts_for_itself(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("taken_over").rig.begin()
     elif "rig" in request.fixturenames:
         request.getfixturevalue("rig").begin()
+
+
+@pytest.fixture
+def endpoint(rig: Rig) -> VfioUserEndpoint:
+    """The server behind the device of a rig that was set up without a lab host."""
+    assert isinstance(rig.endpoint, VfioUserEndpoint)
+    return rig.endpoint
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ def rig(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Rig:
     return rig
 
 
-@pytest.fixture
-def endpoint(rig: Rig) -> VfioUserEndpoint:
-    assert isinstance(rig.endpoint, VfioUserEndpoint)
-    return rig.endpoint
-
-
 def test_every_vector_that_was_unmasked_has_an_eventfd(
     rig: Rig, endpoint: VfioUserEndpoint
 ) -> None:

@@ -29,31 +29,37 @@ def rig(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Rig:
     return rig
 
 
-@pytest.fixture
-def endpoint(rig: Rig) -> VfioUserEndpoint:
-    assert isinstance(rig.endpoint, VfioUserEndpoint)
-    return rig.endpoint
-
-
-def test_an_answer_that_comes_late_is_the_right_one(rig: Rig, endpoint: VfioUserEndpoint) -> None:
+def read_in_vain(rig: Rig, endpoint: VfioUserEndpoint) -> tuple[list[int], threading.Thread]:
+    """Let the guest read a register of an endpoint that does not answer: the answer, once it is
+    there, and who waits for it."""
     answers: list[int] = []
     reader = threading.Thread(
         target=lambda: answers.append(rig.function.read(*endpoint.witness_register))
     )
+    reader.start()
+    until(lambda: endpoint.held, "the guest's read", 10, pause_s=0.005)
+    return answers, reader
+
+
+def test_an_answer_that_comes_late_is_the_right_one(rig: Rig, endpoint: VfioUserEndpoint) -> None:
     with endpoint.silence():
-        reader.start()
-        until(lambda: endpoint.held, "the guest's read", 10, pause_s=0.005)
+        answers, reader = read_in_vain(rig, endpoint)
         reader.join(PATIENCE_MS / 1000 / 4)
         assert reader.is_alive(), f"answered by somebody else: {answers}"
     reader.join(10.0)
     assert answers == [WITNESS]
 
 
-def test_vectors_fire_after_a_silence(rig: Rig, endpoint: VfioUserEndpoint) -> None:
+def test_vectors_raised_while_the_guest_waits_for_an_answer_are_delivered_once(
+    rig: Rig, endpoint: VfioUserEndpoint
+) -> None:
     with endpoint.silence():
+        answers, reader = read_in_vain(rig, endpoint)
         for vector in rig.vectors:
             rig.endpoint.fire(vector)
             rig.model.fire(vector)
+    reader.join(10.0)
+    assert answers == [WITNESS]
     rig.await_delivery(*rig.vectors)
     rig.check(in_order=False)
 
@@ -75,14 +81,9 @@ def test_the_guest_runs_on_when_the_server_has_gone(
 
 
 def test_a_request_that_nobody_answers_any_more_ends(rig: Rig, endpoint: VfioUserEndpoint) -> None:
-    answers: list[int] = []
-    reader = threading.Thread(
-        target=lambda: answers.append(rig.function.read(*endpoint.witness_register))
-    )
     with endpoint.silence():
-        reader.start()
-        until(lambda: endpoint.held, "the guest's read", 10, pause_s=0.005)
+        answers, reader = read_in_vain(rig, endpoint)
         endpoint.die()
-        reader.join(20.0)
+        reader.join(10.0)
     assert answers == [NOTHING]
     assert rig.machine.status() == "running"
