@@ -17,6 +17,7 @@ from fixtures.qualify import (
     Result,
     _Job,
     _replace_table,
+    _Verdict,
     edited,
     load,
 )
@@ -130,7 +131,7 @@ def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
     made = qualifier(
         tmp_path,
         Result("bad", "caught", "takeover [8]: x", verify_s=12.4),
-        Result("base", "clean", verify_s=50),
+        Result("base", "clean", verify_s=50, runs=10),
     )
     catalogue = [made.faults[0], fault_named("new")]
     for _ in range(2):
@@ -138,7 +139,7 @@ def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
         assert page.read_text() == (
             f"before\n{BEGIN}QEMU 10.2.2, 2 edits:\n\n"
             "| fault | what it breaks | outcome | seen by | s |\n|---|---|---|---|---:|\n"
-            "| base | (nothing) | clean |  | 50 |\n"
+            "| base | (nothing) | clean, 10 times |  | 50 |\n"
             "| bad | all | caught | takeover [8]: x | 12 |\n"
             f"| new | all | not tried |  | 0 |\n{END}\nafter\n"
         )
@@ -176,7 +177,9 @@ class _Builds(Qualifier):
         self.verified.append(job.fault.id)
         if job.fault.id == "strange":
             raise OSError("no such thing")
-        return Result(job.fault.id, "clean" if job.fault.harmless else "caught")
+        if job.fault.harmless:
+            return Result(job.fault.id, "clean", runs=self.runs, tests=["loud", "silent"])
+        return Result(job.fault.id, "caught", by="loud", tests=["loud"])
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_what_could_not_be_verified_is_tried_once_more(
 ) -> None:
     made = qualifier(tmp_path, Result("bad", "caught"))
     left = iter(ends)
-    monkeypatch.setattr(Qualifier, "_run", lambda *_: (next(left), "by"))
+    monkeypatch.setattr(Qualifier, "_run", lambda *_: _Verdict(next(left), "by"))
     monkeypatch.setattr(Cache, "discard", lambda *_: None)
     bad = Fault("bad", "file.c", "victim", (("j", "k"),), "all", tests)
     assert made._verify(_Job(bad, Path("/bin/true"))).outcome == outcome
@@ -214,7 +217,7 @@ def qualify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _B
     (tmp_path / "source/file.c").write_text(SOURCE)
     monkeypatch.setattr("images.qemu_build.build", lambda *_, **__: tmp_path / "qemu")
 
-    def run(*faults: Fault, **options: bool) -> _Builds:
+    def run(*faults: Fault, **options: int) -> _Builds:
         made = _Builds(
             tmp_path, Cache(tmp_path / "cache"), faults, progress=Progress(quiet=True), **options
         )
@@ -245,6 +248,31 @@ def test_what_has_been_seen_is_not_seen_again(qualify: Callable[..., _Builds]) -
     assert qualify(known).verified == []
     assert qualify(known).results["known"].outcome == "caught"
     assert qualify(known, again=True).verified == ["base", "known"]
+
+
+def test_what_is_harmless_is_verified_as_often_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = qualifier(tmp_path, Result("fine", "clean"))
+    made.runs = 3
+    codes = iter([0, 0, 0, 0, 1])
+    monkeypatch.setattr(Qualifier, "_run", lambda *_: _Verdict(next(codes), "by"))
+    monkeypatch.setattr(Cache, "discard", lambda *_: None)
+    fine = made._verify(_Job(made.faults[0], Path("/bin/true")))
+    assert (fine.outcome, fine.runs) == ("clean", 3)
+    alarmed = made._verify(_Job(made.faults[0], Path("/bin/true")))
+    assert (alarmed.outcome, alarmed.runs) == ("FALSE ALARM", 0)
+
+
+def test_more_runs_than_were_seen_are_made(qualify: Callable[..., _Builds]) -> None:
+    assert qualify(runs=2).verified == ["base"]
+    assert qualify(runs=1).verified == []
+    assert qualify(runs=3).verified == ["base"]
+
+
+def test_who_is_no_witness_of_any_fault_is_named(qualify: Callable[..., _Builds]) -> None:
+    known = Fault("known", "file.c", "victim", ((r"i \+ 1", "0"),), "all", "")
+    assert qualify(known, witnesses=True).unmoved() == ["silent"]
 
 
 def test_an_error_is_tried_again_and_stops_nothing(qualify: Callable[..., _Builds]) -> None:
