@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.waiting import until
 from images import apt
 from images.cache import Cache, sha256_of
 from images.errors import BadInputError, EnvironmentFault
@@ -459,23 +460,16 @@ def test_a_killed_download_resumes(cache: Cache, archive: Archive) -> None:
     worker.start()
     half = len(BALLAST) // 2
     part = cache.root / "debs/partial/tool-data_1.0_amd64.deb"
-    wait_for(lambda: part.exists() and part.stat().st_size >= half)
+    until(lambda: part.exists() and part.stat().st_size >= half, "half of it", 10, pause_s=0.01)
     worker.kill()
     worker.join()
     # What it started must not be writing when the next one starts.
-    wait_for(lambda: not processes_that_mention(cache.root))
+    until(lambda: not processes_that_mention(cache.root), "apt to end", 10, pause_s=0.01)
     archive.flowing.set()
     began = part.stat().st_size
     (path,) = apt.fetch(cache, selection, QUIET, "Tool")
     assert archive.asked("tool-data") == [None, f"bytes={began}-"]
     assert BALLAST in path.read_bytes()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def processes_that_mention(path: Path) -> list[str]:

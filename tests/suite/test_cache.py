@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.waiting import until
 from images.cache import Cache, Recipe, default_root, digest
 from images.errors import EnvironmentFault
 from images.progress import Progress
@@ -61,13 +62,6 @@ def scratch(cache: Cache) -> list[Path]:
     return list(cache.root.glob(".building*"))
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_is_built_once(cache: Cache) -> None:
     assert cache.find(Bread()) is None
     place = cache.ensure(Bread())
@@ -92,7 +86,7 @@ def test_is_built_once_by_many_processes(cache: Cache) -> None:
 def test_who_waits_says_so(cache: Cache, capfd: pytest.CaptureFixture[str]) -> None:
     baker = Fork(target=lambda: cache.ensure(Bread(during=lambda _: time.sleep(0.5))))
     baker.start()
-    wait_for(lambda: scratch(cache))
+    until(lambda: scratch(cache), "the build to begin", 10, pause_s=0.01)
     cache.ensure(Bread())
     baker.join()
     assert "waiting for another process: Bread\n" in capfd.readouterr().err
@@ -166,7 +160,7 @@ def test_an_asset_that_vanished_is_made_again(cache: Cache) -> None:
 def test_a_killed_build_leaves_no_asset_and_no_lock(cache: Cache) -> None:
     baker = Fork(target=lambda: cache.ensure(Bread(during=lambda _: time.sleep(60))))
     baker.start()
-    wait_for(lambda: [*cache.root.glob(".building*/loaf")])
+    until(lambda: [*cache.root.glob(".building*/loaf")], "half a build", 10, pause_s=0.01)
     baker.kill()
     baker.join()
     assert cache.find(Bread()) is None
@@ -184,7 +178,7 @@ def test_an_interrupted_build_cleans_up(cache: Cache) -> None:
 
     baker = Fork(target=bake)
     baker.start()
-    wait_for(lambda: [*cache.root.glob(".building*/loaf")])
+    until(lambda: [*cache.root.glob(".building*/loaf")], "half a build", 10, pause_s=0.01)
     os.kill(baker.pid or 0, signal.SIGINT)
     baker.join()
     assert baker.exitcode == 0
@@ -278,7 +272,7 @@ def test_garbage_is_what_was_not_used_lately(cache: Cache) -> None:
 def test_garbage_is_not_what_is_being_built(cache: Cache) -> None:
     baker = Fork(target=lambda: cache.ensure(Bread(during=lambda _: time.sleep(0.5))))
     baker.start()
-    wait_for(lambda: scratch(cache))
+    until(lambda: scratch(cache), "the build to begin", 10, pause_s=0.01)
     assert cache.collect_garbage(unused_days=0) == []
     baker.join()
     assert cache.find(Bread())

@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import images
+from fixtures.waiting import until
 from images.__main__ import main
 from images.progress import Progress
 
@@ -64,13 +63,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert out == ""
     assert err.count("\n") == 1
     return err
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @needs_gcc
@@ -201,10 +193,15 @@ def test_a_user_without_a_home() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_in_the_middle(
-    cache: Path, path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    cache: Path,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(path))
-    (path / "gcc").write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    begun = tmp_path / "begun"
+    (path / "gcc").write_text(f"#!/bin/sh\ntouch {begun}; exec /bin/sleep 60\n")
     (path / "gcc").chmod(0o755)
     process = subprocess.Popen(
         command("build", "probe"),
@@ -213,8 +210,7 @@ def test_stopped_in_the_middle(
         text=True,
         process_group=0,  # Ctrl-C goes to all that the terminal has in the foreground
     )
-    wait_for(lambda: [*cache.glob(".building-probe-*")])
-    time.sleep(0.1)
+    until(begun.exists, "the compiler to be started", 10, pause_s=0.01)
     if number == signal.SIGKILL:
         process.kill()
     else:
