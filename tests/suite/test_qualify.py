@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fixtures.qualify import (
+    BASE,
     BEGIN,
     END,
     QUICK,
+    TOGETHER,
     Fault,
     Qualifier,
     Result,
@@ -140,6 +143,7 @@ def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
             f"before\n{BEGIN}QEMU 10.2.2, 2 edits:\n\n"
             "| fault | what it breaks | outcome | seen by | s |\n|---|---|---|---|---:|\n"
             "| base | (nothing) | clean, 10 times |  | 50 |\n"
+            "| harmless-together | (nothing) | not tried |  | 0 |\n"
             "| bad | all | caught | takeover [8]: x | 12 |\n"
             f"| new | all | not tried |  | 0 |\n{END}\nafter\n"
         )
@@ -159,6 +163,7 @@ def test_the_table_of_the_readme_has_the_whole_catalogue() -> None:
         "fault",
         "---",
         "base",
+        "harmless-together",
         *(entry.id for entry in load()),
     }
 
@@ -167,14 +172,16 @@ class _Builds(Qualifier):
     """One that builds and verifies nothing."""
 
     verified: list[str]
+    sources: dict[str, str]
 
     def build_base(self) -> Path:
-        self.verified = []
+        self.verified, self.sources = [], {}
         (self.work / "qemu").write_text("elf")
         return self.work / "qemu"
 
     def _verify(self, job: _Job) -> Result:
         self.verified.append(job.fault.id)
+        self.sources[job.fault.id] = job.binary.read_text()
         if job.fault.id == "strange":
             raise OSError("no such thing")
         if job.fault.harmless:
@@ -215,7 +222,11 @@ def qualify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _B
     (tmp_path / "source").mkdir()
     (tmp_path / "source/VERSION").write_text("10.2.2\n")
     (tmp_path / "source/file.c").write_text(SOURCE)
-    monkeypatch.setattr("images.qemu_build.build", lambda *_, **__: tmp_path / "qemu")
+
+    def build(source: Path, *_: object, **__: object) -> Path:
+        return Path(shutil.copy(source / "file.c", tmp_path / "qemu"))
+
+    monkeypatch.setattr("images.qemu_build.build", build)
 
     def run(*faults: Fault, **options: int) -> _Builds:
         made = _Builds(
@@ -250,18 +261,31 @@ def test_what_has_been_seen_is_not_seen_again(qualify: Callable[..., _Builds]) -
     assert qualify(known, again=True).verified == ["base", "known"]
 
 
-def test_what_is_harmless_is_verified_as_often_as_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", [BASE, TOGETHER], ids=lambda fault: fault.id)
+def test_the_base_and_what_is_harmless_are_verified_as_often_as_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    made = qualifier(tmp_path, Result("fine", "clean"))
+    made = qualifier(tmp_path)
     made.runs = 3
     codes = iter([0, 0, 0, 0, 1])
     monkeypatch.setattr(Qualifier, "_run", lambda *_: _Verdict(next(codes), "by"))
     monkeypatch.setattr(Cache, "discard", lambda *_: None)
-    fine = made._verify(_Job(made.faults[0], Path("/bin/true")))
+    fine = made._verify(_Job(fault, Path("/bin/true")))
     assert (fine.outcome, fine.runs) == ("clean", 3)
-    alarmed = made._verify(_Job(made.faults[0], Path("/bin/true")))
+    alarmed = made._verify(_Job(fault, Path("/bin/true")))
     assert (alarmed.outcome, alarmed.runs) == ("FALSE ALARM", 0)
+
+
+def test_harmless_edits_are_also_made_all_together(qualify: Callable[..., _Builds]) -> None:
+    edits = [
+        Fault(f"fine-{old}", "file.c", "victim", ((old, "0"),), "", "")
+        for old in (r"i \+ 1", r"i\+\+")
+    ]
+    assert qualify(*edits).verified == ["base", "fine-i \\+ 1", "fine-i\\+\\+"]
+    made = qualify(*edits, runs=2)
+    assert made.verified == ["base", "harmless-together"]
+    assert "return 0;" in made.sources["harmless-together"]
+    assert "0;\n    }" in made.sources["harmless-together"]
 
 
 def test_more_runs_than_were_seen_are_made(qualify: Callable[..., _Builds]) -> None:
