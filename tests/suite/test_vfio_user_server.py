@@ -84,6 +84,7 @@ COMMANDS: dict[type[Request] | type[Version], Command] = {
     Reset: Command.DEVICE_RESET,
 }
 TRIGGER = IrqSet.EVENTFD | IrqSet.TRIGGER
+UNMASK = SetIrqs(IrqSet.NONE | IrqSet.UNMASK, Irq.INTX, 0, 1)
 PAGE = mmap.PAGESIZE
 
 
@@ -506,21 +507,20 @@ def test_intx_masks_itself_until_it_is_unmasked(
     endpoint: VfioUserEndpoint, connect: Connect, eventfds: list[int]
 ) -> None:
     client = connect()
-    unmask = SetIrqs(IrqSet.NONE | IrqSet.UNMASK, Irq.INTX, 0, 1)
     client.ask(SetIrqs(TRIGGER, Irq.INTX, 0, 1), eventfds[0])
     endpoint.fire()
     endpoint.fire()
     assert signals(eventfds[0]) == 1
     client.ask(SetIrqs(IrqSet.BOOL | IrqSet.UNMASK, Irq.INTX, 0, 1, (False,)))
     assert signals(eventfds[0]) == 0
-    client.ask(unmask)
+    client.ask(UNMASK)
     assert signals(eventfds[0]) == 1
-    client.ask(unmask)
+    client.ask(UNMASK)
     assert signals(eventfds[0]) == 0
     client.ask(SetIrqs(IrqSet.NONE | IrqSet.MASK, Irq.INTX, 0, 1))
     endpoint.fire()
     assert signals(eventfds[0]) == 0
-    client.ask(unmask)
+    client.ask(UNMASK)
     assert signals(eventfds[0]) == 1
 
 
@@ -548,6 +548,59 @@ def test_intx_is_unmasked_by_an_eventfd_too(
     client.ask(unmasking, eventfds[3])
     client.ask(SetIrqs(IrqSet.NONE | IrqSet.TRIGGER, Irq.INTX, 0, 0))
     assert len(open_descriptors()) == held
+
+
+LEVEL = Description(msix=None, intx=1, acknowledge=(0, 0x10))
+
+
+def test_a_level_is_signalled_after_each_unmasking_until_it_is_acknowledged(
+    make: Callable[..., VfioUserEndpoint], connect: Connect, eventfds: list[int]
+) -> None:
+    endpoint = make(LEVEL)
+    client = connect(endpoint)
+    client.ask(SetIrqs(TRIGGER, Irq.INTX, 0, 1), eventfds[0])
+    endpoint.fire()
+    for _ in range(2):
+        assert signals(eventfds[0]) == 1
+        assert client.config(6, 1)[0] & 0x08
+        client.ask(UNMASK)
+    assert signals(eventfds[0]) == 1
+    client.write(0, 0x10, b"\1\0\0\0")
+    assert not client.config(6, 1)[0] & 0x08
+    client.ask(UNMASK)
+    assert signals(eventfds[0]) == 0
+    endpoint.fire()
+    assert signals(eventfds[0]) == 1
+
+
+def test_a_level_that_is_gone_when_it_is_unmasked_is_not_signalled(
+    make: Callable[..., VfioUserEndpoint], connect: Connect, eventfds: list[int]
+) -> None:
+    endpoint = make(LEVEL)
+    client = connect(endpoint)
+    client.ask(SetIrqs(TRIGGER, Irq.INTX, 0, 1), eventfds[0])
+    endpoint.fire()
+    endpoint.fire()
+    assert signals(eventfds[0]) == 1
+    client.write(0, 0x10, b"\1\0\0\0")
+    client.ask(UNMASK)
+    assert signals(eventfds[0]) == 0
+
+
+def test_a_level_is_signalled_when_interrupt_disable_is_cleared(
+    make: Callable[..., VfioUserEndpoint], connect: Connect, eventfds: list[int]
+) -> None:
+    endpoint = make(LEVEL)
+    client = connect(endpoint)
+    client.ask(SetIrqs(TRIGGER, Irq.INTX, 0, 1), eventfds[0])
+    client.write(Region.CONFIG, 4, b"\0\4")
+    endpoint.fire()
+    assert signals(eventfds[0]) == 0
+    assert client.config(6, 1)[0] & 0x08
+    client.write(Region.CONFIG, 4, b"\0\0")
+    assert signals(eventfds[0]) == 1
+    client.write(Region.CONFIG, 4, b"\0\0")
+    assert signals(eventfds[0]) == 0
 
 
 def test_an_error_and_the_wish_for_the_device_are_told_by_eventfds_of_their_own(
