@@ -7,6 +7,11 @@
  * field naturally aligned.  The guest clears all of it when it starts, so the
  * harness may write nothing before it has seen PROBE_READY.
  *
+ * The first CPU, the one with APIC ID 0, carries out what the harness asks for.
+ * The others, if there are any, only take interrupts, and are all up when
+ * PROBE_READY is there.  Each APIC ID must be below PROBE_CPUS; with one that is
+ * not, the guest never gets ready.
+ *
  * To have a batch of operations carried out, the harness writes ops[] and
  * count, and then, last, done + 1 into request.  The guest ignores every other
  * value: pwrite() of a few bytes may well store them one by one, and half of a
@@ -35,11 +40,12 @@
 
 #define PROBE_MAILBOX   0x100000
 #define PROBE_MAGIC     0x52504356      /* the bytes "VCPR" */
-#define PROBE_VERSION   1
+#define PROBE_VERSION   2
 
 #define PROBE_VECTORS   256
 #define PROBE_OPS       384
 #define PROBE_LOG       1024
+#define PROBE_CPUS      8
 
 #define PROBE_TIMER     0xef            /* counted, but never logged */
 #define PROBE_SPURIOUS  0xff            /* counted and logged, but gets no EOI */
@@ -47,7 +53,8 @@
 enum probe_state {
     PROBE_STARTING = 0,
     PROBE_READY = 1,
-    PROBE_FAULTED = 2,          /* an exception; the guest has stopped for good */
+    /* An exception.  Its CPU has stopped for good, and so has the first one. */
+    PROBE_FAULTED = 2,
 };
 
 enum probe_opcode {
@@ -63,7 +70,7 @@ enum probe_opcode {
     /* address = index; 64-bit value; width is ignored */
     PROBE_MSR_READ = 7,
     PROBE_MSR_WRITE = 8,
-    /* value = 0: the guest runs with IF clear from now on, 1: with IF set */
+    /* value = 0: the first CPU runs with IF clear from now on, 1: with IF set */
     PROBE_INTERRUPTS = 9,
     PROBE_NOP = 10,
 };
@@ -79,7 +86,8 @@ struct probe_op {
 /* Complete before log_count covers it. */
 struct probe_delivery {
     uint64_t tsc;
-    uint32_t vector;
+    uint16_t vector;
+    uint16_t cpu;               /* APIC ID of who took it */
     uint32_t sequence;          /* log_count before this entry */
 };
 
@@ -99,7 +107,8 @@ struct probe_mailbox {
     uint32_t count;             /* 0x038: operations in this request */
     uint32_t result;            /* 0x03c: 0, or 1 + index of the refused one */
     uint32_t log_count;         /* 0x040: entries ever written */
-    uint32_t reserved_044[239];
+    uint32_t cpus;              /* 0x044: that are up */
+    uint32_t reserved_048[238];
     uint32_t counters[PROBE_VECTORS];           /* 0x0400: taken, per IDT vector */
     uint32_t reserved_800[512];
     struct probe_op ops[PROBE_OPS];             /* 0x1000 */
@@ -109,6 +118,8 @@ struct probe_mailbox {
 _Static_assert(offsetof(struct probe_mailbox, loops) == 0x020, "loops");
 _Static_assert(offsetof(struct probe_mailbox, request) == 0x030, "request");
 _Static_assert(offsetof(struct probe_mailbox, log_count) == 0x040, "log_count");
+_Static_assert(offsetof(struct probe_mailbox, cpus) == 0x044, "cpus");
+_Static_assert(sizeof(struct probe_delivery) == 16, "delivery");
 _Static_assert(offsetof(struct probe_mailbox, counters) == 0x400, "counters");
 _Static_assert(offsetof(struct probe_mailbox, ops) == 0x1000, "ops");
 _Static_assert(offsetof(struct probe_mailbox, log) == 0x4000, "log");

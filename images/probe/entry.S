@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * From the reset vector to C, and from an interrupt to C.
+ * From the reset vector and from a start-up IPI to C, and from an interrupt to C.
  *
  * The ROM is a picture of the 64 KiB at `image` in RAM, where everything is
  * linked to run; see probe.ld.
@@ -9,6 +9,9 @@
     .set CODE, 8                /* selectors in the table below */
     .set DATA, 16
     .set CR0_PE_ET, 0x11        /* and, unlike at reset, caches on */
+    .set LAPIC_ID, 0xfee00020   /* bits 31 to 24 of this register */
+    .set CPUS, 8                /* PROBE_CPUS */
+    .set STACK_SIZE_LOG2, 12
 
     .section .boot, "ax"
     .code16
@@ -23,11 +26,7 @@ boot:
     xor     %di, %di
     mov     $0x10000 / 4, %cx
     rep movsl %cs:(%si), %es:(%di)
-
-    lgdtl   %cs:gdtr_offset
-    mov     $CR0_PE_ET, %eax
-    mov     %eax, %cr0
-    ljmpl   $CODE, $start
+    ljmp    $image_segment, $0
 
     .balign 8
 gdt:
@@ -44,6 +43,15 @@ gdtr:
     jmp     boot
     .org    0x100
 
+    /* probe.ld puts this at `image`: a start-up IPI can name but the start of a page. */
+    .section .startup, "ax"
+    .globl  startup
+startup:
+    lgdtl   %cs:gdtr_offset
+    mov     $CR0_PE_ET, %eax
+    mov     %eax, %cr0
+    ljmpl   $CODE, $start
+
     .text
     .code32
 start:
@@ -51,13 +59,27 @@ start:
     mov     %eax, %ds
     mov     %eax, %es
     mov     %eax, %ss
-    mov     $stack_top, %esp
+    /* The stack is the CPU's own: number n, by its APIC ID, which is 0 for the BSP. */
+    mov     LAPIC_ID, %ebx
+    shr     $24, %ebx
+    cmp     $CPUS, %ebx
+    jae     too_many
+    lea     1(%ebx), %esp
+    shl     $STACK_SIZE_LOG2, %esp
+    add     $stacks, %esp
+    test    %ebx, %ebx
+    jnz     1f
     /* RAM holds whatever it did before a system reset. */
     xor     %eax, %eax
     mov     $bss_start, %edi
     mov     $bss_dwords, %ecx
     rep stosl
     call    probe_main
+1:
+    call    ap_main
+too_many:
+    hlt
+    jmp     too_many
 
     /*
      * One stub of equal size per vector, so that every vector is told apart
@@ -88,9 +110,11 @@ interrupted:
     add     $8, %esp            /* vector and error code */
     iret
 
-    .bss
-    .balign 16
-    .skip   0x2000
-stack_top:
+    /* Not in .bss: to clear them would be to touch pages that no CPU may ever use. */
+    .section .stacks, "aw", @nobits
+    .globl  stacks, stacks_end
+stacks:
+    .skip   CPUS << STACK_SIZE_LOG2
+stacks_end:
 
     .section .note.GNU-stack, "", @progbits

@@ -17,15 +17,23 @@
 #define LAPIC               0xfee00000
 #define LAPIC_EOI           0x0b0
 #define LAPIC_SVR           0x0f0
+#define LAPIC_ICR           0x300
 #define LAPIC_LVT_TIMER     0x320
 #define LAPIC_LVT_LINT0     0x350
 #define LAPIC_LVT_LINT1     0x360
 #define LAPIC_TIMER_INITIAL 0x380
 #define LAPIC_TIMER_DIVIDE  0x3e0
 #define LAPIC_SVR_ENABLE    0x100
+#define LAPIC_ICR_OTHERS    0xc4000     /* shorthand "all but self", assert */
+#define LAPIC_ICR_INIT      0x500
+#define LAPIC_ICR_STARTUP   0x600
 #define LAPIC_LVT_MASKED    0x10000
 #define LAPIC_LVT_PERIODIC  0x20000
 #define LAPIC_DIVIDE_BY_1   0xb
+
+#define FW_CFG_SELECTOR     0x510
+#define FW_CFG_DATA         0x511
+#define FW_CFG_CPUS         5
 
 #define TICK_BUSY           1000000     /* 1 ms: both KVM's and TCG's bus is 1 GHz */
 #define TICK_IDLE           10000000    /* a tick costs a lot where QEMU runs nested */
@@ -53,15 +61,18 @@ struct table_register {
 } __attribute__((packed));
 
 extern const uint8_t vector_stubs[], vector_stubs_end[];
+extern const uint8_t startup[], stacks[], stacks_end[];     /* stack n is APIC ID n's */
 
 /* volatile also for the order of the stores, which is all x86 needs for it. */
 static volatile struct probe_mailbox *const mailbox = (void *)PROBE_MAILBOX;
 static struct gate idt[PROBE_VECTORS];
 static volatile bool active;    /* a device interrupt came since last asked */
-static bool interrupts = true;
+static bool interrupts = true;  /* the first CPU's IF */
+static volatile uint32_t lock;  /* of the counters and the log */
 
 void interrupt(const struct frame *frame);
 _Noreturn void probe_main(void);
+_Noreturn void ap_main(void);
 
 static uint32_t load(uint32_t address, uint32_t width)
 {
@@ -159,6 +170,17 @@ static void lapic_write(uint32_t reg, uint32_t value)
     store(LAPIC + reg, 4, value);
 }
 
+/* From the first CPU to all the others. */
+static void others_signal(uint32_t message)
+{
+    lapic_write(LAPIC_ICR, LAPIC_ICR_OTHERS | message);
+}
+
+static void pause(void)
+{
+    asm volatile("pause" : : : "memory");
+}
+
 static void interrupts_enable(void)
 {
     asm volatile("sti" : : : "memory");
@@ -169,28 +191,52 @@ static void interrupts_disable(void)
     asm volatile("cli" : : : "memory");
 }
 
-static _Noreturn void fault(const struct frame *frame)
+/* With interrupts off only, because interrupt() takes it as well. */
+static void lock_take(void)
 {
-    uint32_t cr2;
+    while (__sync_lock_test_and_set(&lock, 1)) {
+        pause();
+    }
+}
 
-    asm volatile("mov %%cr2, %0" : "=r"(cr2));
-    mailbox->fault_vector = frame->vector;
-    mailbox->fault_error = frame->error;
-    mailbox->fault_eip = frame->eip;
-    mailbox->fault_cr2 = cr2;
-    mailbox->state = PROBE_FAULTED;
+static void lock_release(void)
+{
+    __sync_lock_release(&lock);
+}
+
+static _Noreturn void stop(void)
+{
     for (;;) {
         asm volatile("cli; hlt" : : : "memory");
     }
 }
 
-static void log_delivery(uint32_t vector)
+/* Takes no lock: an NMI may come to a CPU that holds it. */
+static _Noreturn void fault(const struct frame *frame)
+{
+    static volatile uint32_t faulted;
+    uint32_t cr2;
+
+    __sync_fetch_and_add(&mailbox->counters[frame->vector], 1);
+    if (!__sync_lock_test_and_set(&faulted, 1)) {
+        asm volatile("mov %%cr2, %0" : "=r"(cr2));
+        mailbox->fault_vector = frame->vector;
+        mailbox->fault_error = frame->error;
+        mailbox->fault_eip = frame->eip;
+        mailbox->fault_cr2 = cr2;
+        mailbox->state = PROBE_FAULTED;
+    }
+    stop();
+}
+
+static void log_delivery(uint32_t vector, uint32_t cpu)
 {
     uint32_t sequence = mailbox->log_count;
     volatile struct probe_delivery *entry = &mailbox->log[sequence % PROBE_LOG];
 
     entry->tsc = tsc_read();
     entry->vector = vector;
+    entry->cpu = cpu;
     entry->sequence = sequence;
     mailbox->log_count = sequence + 1;
 }
@@ -198,15 +244,19 @@ static void log_delivery(uint32_t vector)
 void interrupt(const struct frame *frame)
 {
     uint32_t vector = frame->vector;
+    uint32_t stack_size = (stacks_end - stacks) / PROBE_CPUS;
+    uint32_t id = ((uint32_t)frame - (uint32_t)stacks) / stack_size;
 
-    mailbox->counters[vector]++;
     if (vector < EXCEPTIONS) {
         fault(frame);
     }
+    lock_take();
+    mailbox->counters[vector]++;
     if (vector != PROBE_TIMER) {
-        log_delivery(vector);
+        log_delivery(vector, id);
         active = true;
     }
+    lock_release();
     if (vector != PROBE_SPURIOUS) {
         lapic_write(LAPIC_EOI, 0);
     }
@@ -321,25 +371,51 @@ static void mailbox_clear(void)
 static void idt_setup(void)
 {
     uint32_t size = (vector_stubs_end - vector_stubs) / PROBE_VECTORS;
-    struct table_register idtr = { sizeof(idt) - 1, (uint32_t)idt };
 
     for (uint32_t vector = 0; vector < PROBE_VECTORS; vector++) {
         uint32_t stub = (uint32_t)vector_stubs + vector * size;
 
         idt[vector] = (struct gate) { stub, CODE_SELECTOR, INTERRUPT_GATE, stub >> 16 };
     }
-    asm volatile("lidt %0" : : "m"(idtr) : "memory");
 }
 
-static void lapic_setup(void)
+/* Makes a CPU ready to take interrupts, but for sti. */
+static void cpu_setup(void)
 {
-    /* First, because a disabled LAPIC keeps every LVT entry masked. */
+    struct table_register idtr = { sizeof(idt) - 1, (uint32_t)idt };
+
+    asm volatile("lidt %0" : : "m"(idtr) : "memory");
     lapic_write(LAPIC_SVR, LAPIC_SVR_ENABLE | PROBE_SPURIOUS);
+    __sync_fetch_and_add(&mailbox->cpus, 1);
+}
+
+/* After cpu_setup(), because a disabled LAPIC keeps every LVT entry masked. */
+static void timer_setup(void)
+{
     lapic_write(LAPIC_LVT_LINT0, LAPIC_LVT_MASKED);
     lapic_write(LAPIC_LVT_LINT1, LAPIC_LVT_MASKED);
     lapic_write(LAPIC_TIMER_DIVIDE, LAPIC_DIVIDE_BY_1);
     lapic_write(LAPIC_LVT_TIMER, LAPIC_LVT_PERIODIC | PROBE_TIMER);
     lapic_write(LAPIC_TIMER_INITIAL, TICK_BUSY);
+}
+
+/* Starts the other CPUs; returns when they are up.  A guest with one does not wait. */
+static void others_start(void)
+{
+    uint32_t page = (uint32_t)startup >> 12, announced;
+
+    port_out(FW_CFG_SELECTOR, 2, FW_CFG_CPUS);
+    announced = port_in(FW_CFG_DATA, 1);
+    announced |= port_in(FW_CFG_DATA, 1) << 8;
+    if (announced > 1) {
+        /* MultiProcessor Specification 1.4, B.4, but for the delays: no vCPU needs them. */
+        others_signal(LAPIC_ICR_INIT);
+        others_signal(LAPIC_ICR_STARTUP | page);
+        others_signal(LAPIC_ICR_STARTUP | page);
+    }
+    while (mailbox->cpus < announced) {
+        pause();
+    }
 }
 
 /*
@@ -352,7 +428,7 @@ static _Noreturn void main_loop(void)
     uint64_t last_active = tsc_read();
     bool busy = true;
 
-    for (;;) {
+    while (mailbox->state != PROBE_FAULTED) {
         uint64_t now = tsc_read();
 
         publish64(&mailbox->loops, mailbox->loops + 1);
@@ -363,7 +439,7 @@ static _Noreturn void main_loop(void)
         }
         /* As a difference, so that a TSC which goes back cannot keep us hot. */
         if (!interrupts || now - last_active < HOT_CYCLES) {
-            asm volatile("pause" : : : "memory");
+            pause();
             continue;
         }
         if (busy != now - last_active < BUSY_CYCLES) {
@@ -378,6 +454,15 @@ static _Noreturn void main_loop(void)
             asm volatile("sti; hlt" : : : "memory");
         }
     }
+    stop();
+}
+
+void ap_main(void)
+{
+    cpu_setup();
+    for (;;) {
+        asm volatile("sti; hlt" : : : "memory");
+    }
 }
 
 void probe_main(void)
@@ -388,7 +473,9 @@ void probe_main(void)
     port_out(PIC_MASTER_MASK, 1, 0xff);
     port_out(PIC_SLAVE_MASK, 1, 0xff);
     idt_setup();
-    lapic_setup();
+    cpu_setup();
+    timer_setup();
+    others_start();
     interrupts_enable();
     mailbox->state = PROBE_READY;
     main_loop();

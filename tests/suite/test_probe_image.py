@@ -9,10 +9,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import pytest
 
+from fixtures.guests.probe import Op as GuestOp
+from fixtures.guests.probe import ProbeGuest, Verb
+from fixtures.hosts import LocalHost
 from images.probe import SOURCES, ProbeBuildError, build
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
@@ -25,12 +29,19 @@ PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
 OPS, LOG, TIMER, SPURIOUS = 384, 1024, 0xEF, 0xFF
 
 SCRATCH = 0x200000
-ICR_LOW = 0xFEE00300
-TO_SELF = 0x44000  # shorthand "self", assert, fixed
+ICR_LOW, ICR_HIGH = 0xFEE00300, 0xFEE00310
+TO_ONE, TO_SELF, TO_ALL = 0x4000, 0x44000, 0x84000  # destination or shorthand; assert, fixed
 X2APIC_ID = 0x802  # #GP as long as the LAPIC is in xAPIC mode
 DEADLINE = 10.0
 
 Op = tuple[int, int, int, int]
+
+
+class Delivery(NamedTuple):
+    tsc: int
+    vector: int
+    cpu: int
+    sequence: int
 
 
 class Probe:
@@ -40,9 +51,10 @@ class Probe:
     guest would see (or show) halves.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], ram: mmap.mmap) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], ram: mmap.mmap, ram_file: Path) -> None:
         self.process = process
         self.ram = ram
+        self.ram_file = ram_file
 
     def u32(self, offset: int) -> int:
         return int(struct.unpack_from("I", self.ram, MAILBOX + offset)[0])
@@ -65,13 +77,22 @@ class Probe:
     def log_count(self) -> int:
         return self.u32(0x040)
 
+    @property
+    def cpus(self) -> int:
+        return self.u32(0x044)
+
     def counter(self, vector: int) -> int:
         return self.u32(0x400 + 4 * vector)
 
-    def delivery(self, number: int) -> tuple[int, int, int]:
+    def delivery(self, number: int) -> Delivery:
         offset = MAILBOX + 0x4000 + 16 * (number % LOG)
-        tsc, vector, sequence = struct.unpack_from("<QII", self.ram, offset)
-        return tsc, vector, sequence
+        return Delivery(*struct.unpack_from("<QHHI", self.ram, offset))
+
+    def taken(self, first: int, count: int) -> list[tuple[int, int]]:
+        """The vector and the CPU of that many deliveries, once all of them are there."""
+        self.wait(lambda: self.log_count >= first + count)
+        deliveries = [self.delivery(number) for number in range(first, self.log_count)]
+        return [(delivery.vector, delivery.cpu) for delivery in deliveries]
 
     def wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE
@@ -107,6 +128,40 @@ class Probe:
     def interrupt_self(self, *vectors: int) -> None:
         self.run(*((MMIO_WRITE, 4, ICR_LOW, TO_SELF | vector) for vector in vectors))
 
+    def interrupt(self, cpu: int, vector: int) -> None:
+        self.run((MMIO_WRITE, 4, ICR_HIGH, cpu << 24), (MMIO_WRITE, 4, ICR_LOW, TO_ONE | vector))
+
+
+class Edu:
+    """QEMU's edu device (hw/misc/edu.c), whose interrupt the guest itself raises."""
+
+    CONFIG, BAR = 3 << 11, 0xE0000000
+    IDENTIFICATION, INVERTER = BAR, BAR + 4
+    RAISE, ACKNOWLEDGE = BAR + 0x60, BAR + 0x64
+    MEMORY_AND_MASTER = 6
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.msi = probe.read(CFG_READ, 1, self.CONFIG + 0x34)
+        while probe.read(CFG_READ, 1, self.CONFIG + self.msi) != 5:
+            self.msi = probe.read(CFG_READ, 1, self.CONFIG + self.msi + 1)
+            assert self.msi
+        probe.run(
+            (CFG_WRITE, 4, self.CONFIG + 0x10, self.BAR),
+            (CFG_WRITE, 2, self.CONFIG + 4, self.MEMORY_AND_MASTER),
+        )
+
+    def use_msi(self, vector: int, address: int = 0xFEE00000) -> None:
+        self.probe.run(
+            (CFG_WRITE, 4, self.CONFIG + self.msi + 4, address),
+            (CFG_WRITE, 4, self.CONFIG + self.msi + 8, 0),
+            (CFG_WRITE, 2, self.CONFIG + self.msi + 12, vector),
+            (CFG_WRITE, 2, self.CONFIG + self.msi + 2, 0x81),
+        )
+
+    def raise_(self) -> None:
+        self.probe.run((MMIO_WRITE, 4, self.RAISE, 1))
+
 
 @pytest.fixture(scope="module")
 def rom(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -116,7 +171,9 @@ def rom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def running(qemu: list[str], rom: Path, ram_file: Path, machine: str) -> Iterator[Probe]:
+def running(
+    qemu: list[str], rom: Path, ram_file: Path, machine: str, *more: str
+) -> Iterator[Probe]:
     ram_file.touch()
     os.truncate(ram_file, RAM)
     backend = f"memory-backend-file,id=ram0,size={RAM},share=on,mem-path={ram_file}"
@@ -125,10 +182,10 @@ def running(qemu: list[str], rom: Path, ram_file: Path, machine: str) -> Iterato
     with (
         ram_file.open("r+b") as file,
         mmap.mmap(file.fileno(), RAM) as ram,
-        subprocess.Popen([*qemu, *arguments], stdin=subprocess.DEVNULL) as process,
+        subprocess.Popen([*qemu, *arguments, *more], stdin=subprocess.DEVNULL) as process,
     ):
         try:
-            probe = Probe(process, ram)
+            probe = Probe(process, ram, ram_file)
             probe.wait(lambda: probe.state != STARTING)
             yield probe
         finally:
@@ -151,6 +208,15 @@ def probe(
 def doomed_probe(hardware_qemu: list[str], rom: Path, tmp_path: Path) -> Iterator[Probe]:
     """A guest of the test's own, to be killed by it."""
     with running(hardware_qemu, rom, tmp_path / "ram", "q35") as probe:
+        yield probe
+
+
+@pytest.fixture(scope="module")
+def two_cpus(
+    hardware_qemu: list[str], rom: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Probe]:
+    ram_file = tmp_path_factory.mktemp("probe") / "ram"
+    with running(hardware_qemu, rom, ram_file, "q35", "-smp", "2") as probe:
         yield probe
 
 
@@ -187,7 +253,8 @@ def test_a_failed_build_names_the_command(tmp_path: Path) -> None:
 def test_the_guest_introduces_itself(probe: Probe) -> None:
     assert probe.state == READY
     assert probe.ram[MAILBOX : MAILBOX + 4] == b"VCPR"
-    assert probe.u32(0x004) == 1
+    assert probe.u32(0x004) == 2
+    assert probe.cpus == 1
 
 
 def test_the_guest_is_alive_but_idle(probe: Probe) -> None:
@@ -293,8 +360,9 @@ def test_every_vector_is_taken_once_and_told_apart(probe: Probe) -> None:
     assert [probe.counter(vector) for vector in vectors] == [count + 1 for count in before]
     assert probe.log_count == first + len(vectors)
     deliveries = [probe.delivery(first + i) for i in range(len(vectors))]
-    assert [vector for _, vector, _ in deliveries] == vectors
-    assert [number for _, _, number in deliveries] == list(range(first, first + len(vectors)))
+    assert [delivery.vector for delivery in deliveries] == vectors
+    assert [delivery.sequence for delivery in deliveries] == [*range(first, first + len(vectors))]
+    assert {delivery.cpu for delivery in deliveries} == {0}
     assert deliveries == sorted(deliveries)  # by time
     assert all(probe.counter(vector) == 0 for vector in range(0x20))
 
@@ -305,7 +373,7 @@ def test_the_log_wraps_and_its_count_does_not(probe: Probe) -> None:
         probe.interrupt_self(*[0x51] * 300)
     assert probe.log_count == first + 1200
     numbers = range(first + 1200 - LOG, first + 1200)
-    assert [probe.delivery(number)[1:] for number in numbers] == [(0x51, n) for n in numbers]
+    assert [probe.delivery(number)[1:] for number in numbers] == [(0x51, 0, n) for n in numbers]
 
 
 def test_an_interrupt_waits_while_interrupts_are_off(probe: Probe) -> None:
@@ -320,30 +388,93 @@ def test_an_interrupt_waits_while_interrupts_are_off(probe: Probe) -> None:
 
 
 def test_an_msi_from_a_device(probe: Probe) -> None:
-    edu, bar, vector = 3 << 11, 0xE0000000, 0x61
-    raise_register, acknowledge = bar + 0x60, bar + 0x64
-    memory_and_master = 6
-    capability = probe.read(CFG_READ, 1, edu + 0x34)
-    while probe.read(CFG_READ, 1, edu + capability) != 5:
-        capability = probe.read(CFG_READ, 1, edu + capability + 1)
-        assert capability
-    probe.run(
-        (CFG_WRITE, 4, edu + 0x10, bar),
-        (CFG_WRITE, 2, edu + 4, memory_and_master),
-        (CFG_WRITE, 4, edu + capability + 4, 0xFEE00000),
-        (CFG_WRITE, 4, edu + capability + 8, 0),
-        (CFG_WRITE, 2, edu + capability + 12, vector),
-        (CFG_WRITE, 2, edu + capability + 2, 0x81),
-    )
-    assert probe.read(MMIO_READ, 4, bar) == 0x010000ED
-    probe.run((MMIO_WRITE, 4, bar + 4, 0x12345678))
-    assert probe.read(MMIO_READ, 4, bar + 4) == 0xEDCBA987
+    edu, vector = Edu(probe), 0x61
+    edu.use_msi(vector)
+    assert probe.read(MMIO_READ, 4, edu.IDENTIFICATION) == 0x010000ED
+    probe.run((MMIO_WRITE, 4, edu.INVERTER, 0x12345678))
+    assert probe.read(MMIO_READ, 4, edu.INVERTER) == 0xEDCBA987
     first, before = probe.log_count, probe.counter(vector)
     for _ in range(3):
-        probe.run((MMIO_WRITE, 4, raise_register, 1), (MMIO_WRITE, 4, acknowledge, 1))
+        probe.run((MMIO_WRITE, 4, edu.RAISE, 1), (MMIO_WRITE, 4, edu.ACKNOWLEDGE, 1))
     assert probe.counter(vector) == before + 3
-    assert [probe.delivery(first + i)[1] for i in range(3)] == [vector] * 3
+    assert [probe.delivery(first + i).vector for i in range(3)] == [vector] * 3
     assert probe.log_count == first + 3
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_all_cpus_are_up_when_the_guest_is_ready(
+    hardware_qemu: list[str], rom: Path, tmp_path: Path, count: int
+) -> None:
+    with running(hardware_qemu, rom, tmp_path / "ram", "q35", "-smp", str(count)) as probe:
+        assert (probe.state, probe.cpus) == (READY, count)
+        first = probe.log_count
+        probe.run((MMIO_WRITE, 4, ICR_LOW, TO_ALL | 0x57))
+        assert sorted(probe.taken(first, count)) == [(0x57, cpu) for cpu in range(count)]
+
+
+def test_each_delivery_names_the_cpu_that_took_it(two_cpus: Probe) -> None:
+    first = two_cpus.log_count
+    for number, cpu in enumerate([1, 0, 1, 1, 0]):
+        two_cpus.interrupt(cpu, 0x58)
+        assert two_cpus.taken(first + number, 1) == [(0x58, cpu)]
+
+
+def test_cpus_that_are_interrupted_at_once_lose_nothing(two_cpus: Probe) -> None:
+    vectors, rounds = range(0x20, TIMER), 20
+    before = [two_cpus.counter(vector) for vector in vectors]
+    for _ in range(rounds):
+        first = two_cpus.log_count
+        # A LAPIC holds one of a vector: each comes once, until both CPUs have taken all.
+        two_cpus.run(*((MMIO_WRITE, 4, ICR_LOW, TO_ALL | vector) for vector in vectors))
+        taken = two_cpus.taken(first, 2 * len(vectors))
+        assert sorted(taken) == [(vector, cpu) for vector in vectors for cpu in (0, 1)]
+        numbers = range(first, first + len(taken))
+        assert [two_cpus.delivery(number).sequence for number in numbers] == list(numbers)
+    assert [two_cpus.counter(vector) for vector in vectors] == [
+        count + 2 * rounds for count in before
+    ]
+
+
+def test_interrupts_can_be_off_on_the_first_cpu_only(two_cpus: Probe) -> None:
+    first = two_cpus.log_count
+    two_cpus.run((INTERRUPTS, 0, 0, 0), (MMIO_WRITE, 4, ICR_LOW, TO_ALL | 0x59))
+    assert two_cpus.taken(first, 1) == [(0x59, 1)]
+    two_cpus.run((INTERRUPTS, 0, 0, 1))
+    assert two_cpus.taken(first, 2) == [(0x59, 1), (0x59, 0)]
+
+
+@pytest.mark.parametrize(
+    ("address", "cpus"),
+    [
+        pytest.param(0xFEE00000, [0], id="physical-0"),
+        pytest.param(0xFEE01000, [1], id="physical-1"),
+    ],
+)
+def test_an_msi_goes_to_the_cpus_it_names(two_cpus: Probe, address: int, cpus: list[int]) -> None:
+    edu = Edu(two_cpus)
+    edu.use_msi(0x62, address)
+    for _ in range(3):
+        first = two_cpus.log_count
+        edu.raise_()
+        assert sorted(two_cpus.taken(first, len(cpus))) == [(0x62, cpu) for cpu in cpus]
+
+
+def test_the_harness_reads_what_the_guest_says_of_its_cpus(
+    two_cpus: Probe, local: LocalHost
+) -> None:
+    guest = ProbeGuest(local, PurePosixPath(two_cpus.ram_file))
+    guest.wait_ready()
+    before = guest.look()
+    assert before.cpus == 2
+    guest.batch(
+        [
+            GuestOp(Verb.WRITE, ICR_HIGH, 1 << 24),
+            GuestOp(Verb.WRITE, ICR_LOW, TO_ONE | 0x5A),
+        ]
+    )
+    two_cpus.wait(lambda: guest.look().log_count > before.log_count)
+    (delivery,) = guest.log(before.log_count, before.log_count + 1)
+    assert (delivery.vector, delivery.cpu) == (0x5A, 1)
 
 
 def test_half_a_sequence_number_is_not_a_request(probe: Probe) -> None:
@@ -363,7 +494,7 @@ def test_the_guest_starts_anew_after_a_reset(doomed_probe: Probe) -> None:
     doomed_probe.wait(lambda: doomed_probe.u32(0x030) == 0 and doomed_probe.state == READY)
     assert (doomed_probe.counter(0x53), doomed_probe.log_count) == (0, 0)
     doomed_probe.interrupt_self(0x54)
-    assert doomed_probe.delivery(0)[1:] == (0x54, 0)
+    assert doomed_probe.delivery(0)[1:] == (0x54, 0, 0)
 
 
 def test_an_exception_is_recorded_and_stops_the_guest(doomed_probe: Probe) -> None:
