@@ -21,9 +21,9 @@
  * their value, then result, and then, last, copies request into done.
  * Interrupts are taken in between the operations.  A batch ends at the first
  * operation that is refused; those before it have happened, it and those after
- * it have not.  Refused are an unknown op, a width other than 1, 2 or 4, and an
- * address which the operation cannot reach.  A batch longer than PROBE_OPS is
- * refused whole, with the result PROBE_OPS + 1.
+ * it have not.  Refused are an unknown op, a width other than 1, 2 or 4, an
+ * address which the operation cannot reach, and what is said at the operation.
+ * A batch longer than PROBE_OPS is refused whole, with the result PROBE_OPS + 1.
  *
  * The guest stores every field in one piece, but a read() by the harness may
  * be in pieces too.  Fields that change by themselves are best read natively
@@ -47,7 +47,8 @@
 #define PROBE_LOG       1024
 #define PROBE_CPUS      8
 
-#define PROBE_TIMER     0xef            /* counted, but never logged */
+/* The first CPU's timer, and its call to the others: counted, but never logged. */
+#define PROBE_TIMER     0xef
 #define PROBE_SPURIOUS  0xff            /* counted and logged, but gets no EOI */
 
 enum probe_state {
@@ -73,6 +74,16 @@ enum probe_opcode {
     /* value = 0: the first CPU runs with IF clear from now on, 1: with IF set */
     PROBE_INTERRUPTS = 9,
     PROBE_NOP = 10,
+    /*
+     * All CPUs are in x2APIC mode from now on, until a reset.  Refused if the CPU
+     * has no such mode.  An MSR write is not the way to it: the guest must know.
+     */
+    PROBE_X2APIC = 11,
+    /*
+     * Each CPU in xAPIC mode has the logical ID 1 << APIC ID from now on, in the
+     * flat model.  In x2APIC mode a CPU always has one; then nothing is done.
+     */
+    PROBE_LOGICAL = 12,
 };
 
 struct probe_op {

@@ -76,6 +76,7 @@ start:
     rep stosl
     call    probe_main
 1:
+    push    %ebx
     call    ap_main
 too_many:
     hlt

@@ -16,6 +16,8 @@
 
 #define LAPIC               0xfee00000
 #define LAPIC_EOI           0x0b0
+#define LAPIC_LDR           0x0d0
+#define LAPIC_DFR           0x0e0
 #define LAPIC_SVR           0x0f0
 #define LAPIC_ICR           0x300
 #define LAPIC_LVT_TIMER     0x320
@@ -23,6 +25,7 @@
 #define LAPIC_LVT_LINT1     0x360
 #define LAPIC_TIMER_INITIAL 0x380
 #define LAPIC_TIMER_DIVIDE  0x3e0
+#define LAPIC_DFR_FLAT      0xffffffff
 #define LAPIC_SVR_ENABLE    0x100
 #define LAPIC_ICR_OTHERS    0xc4000     /* shorthand "all but self", assert */
 #define LAPIC_ICR_INIT      0x500
@@ -30,6 +33,11 @@
 #define LAPIC_LVT_MASKED    0x10000
 #define LAPIC_LVT_PERIODIC  0x20000
 #define LAPIC_DIVIDE_BY_1   0xb
+
+#define X2APIC_MSRS         0x800       /* of the registers, which are 16 bytes apart */
+#define APIC_BASE_MSR       0x1b
+#define APIC_BASE_X2APIC    0x400
+#define CPUID_1_ECX_X2APIC  0x200000
 
 #define FW_CFG_SELECTOR     0x510
 #define FW_CFG_DATA         0x511
@@ -51,6 +59,12 @@ struct frame {
     uint32_t eip, cs, eflags;
 };
 
+/* Entry n of cpus[], and stack n of `stacks`, belong to the CPU with APIC ID n. */
+struct cpu {
+    bool x2apic;
+    uint32_t tasks;             /* the value of `tasks` it has dealt with */
+};
+
 struct gate {
     uint16_t offset_low, selector, type, offset_high;
 };
@@ -61,18 +75,23 @@ struct table_register {
 } __attribute__((packed));
 
 extern const uint8_t vector_stubs[], vector_stubs_end[];
-extern const uint8_t startup[], stacks[], stacks_end[];     /* stack n is APIC ID n's */
+extern const uint8_t startup[], stacks[], stacks_end[];
 
 /* volatile also for the order of the stores, which is all x86 needs for it. */
 static volatile struct probe_mailbox *const mailbox = (void *)PROBE_MAILBOX;
 static struct gate idt[PROBE_VECTORS];
 static volatile bool active;    /* a device interrupt came since last asked */
 static bool interrupts = true;  /* the first CPU's IF */
+
+static struct cpu cpus[PROBE_CPUS];     /* each is used by its own CPU only */
+static void (*volatile task)(struct cpu *cpu);
+static volatile uint32_t tasks, tasks_left;
+
 static volatile uint32_t lock;  /* of the counters and the log */
 
 void interrupt(const struct frame *frame);
 _Noreturn void probe_main(void);
-_Noreturn void ap_main(void);
+_Noreturn void ap_main(uint32_t id);
 
 static uint32_t load(uint32_t address, uint32_t width)
 {
@@ -165,15 +184,20 @@ static void publish64(volatile uint64_t *field, uint64_t value)
     __sync_bool_compare_and_swap(field, *field, value);
 }
 
-static void lapic_write(uint32_t reg, uint32_t value)
+/* To the LAPIC of the CPU that runs this, which is cpu. */
+static void lapic_write(const struct cpu *cpu, uint32_t reg, uint32_t value)
 {
-    store(LAPIC + reg, 4, value);
+    if (cpu->x2apic) {
+        msr_write(X2APIC_MSRS + reg / 16, value);
+    } else {
+        store(LAPIC + reg, 4, value);
+    }
 }
 
 /* From the first CPU to all the others. */
 static void others_signal(uint32_t message)
 {
-    lapic_write(LAPIC_ICR, LAPIC_ICR_OTHERS | message);
+    lapic_write(&cpus[0], LAPIC_ICR, LAPIC_ICR_OTHERS | message);
 }
 
 static void pause(void)
@@ -189,6 +213,14 @@ static void interrupts_enable(void)
 static void interrupts_disable(void)
 {
     asm volatile("cli" : : : "memory");
+}
+
+/* On the first CPU, after interrupts_disable(). */
+static void interrupts_restore(void)
+{
+    if (interrupts) {
+        interrupts_enable();
+    }
 }
 
 /* With interrupts off only, because interrupt() takes it as well. */
@@ -258,8 +290,57 @@ void interrupt(const struct frame *frame)
     }
     lock_release();
     if (vector != PROBE_SPURIOUS) {
-        lapic_write(LAPIC_EOI, 0);
+        lapic_write(&cpus[id], LAPIC_EOI, 0);
     }
+}
+
+/* With interrupts off, and none in service. */
+static void task_do(struct cpu *cpu)
+{
+    if (cpu->tasks != tasks) {
+        cpu->tasks = tasks;
+        task(cpu);
+        __sync_fetch_and_sub(&tasks_left, 1);
+    }
+}
+
+/* Has each CPU do a task; returns when all have. */
+static void on_every_cpu(void (*work)(struct cpu *cpu))
+{
+    task = work;
+    tasks_left = mailbox->cpus;
+    tasks++;
+    interrupts_disable();
+    if (mailbox->cpus > 1) {
+        others_signal(PROBE_TIMER);
+    }
+    task_do(&cpus[0]);
+    interrupts_restore();
+    while (tasks_left) {
+        pause();
+    }
+}
+
+static void x2apic_enter(struct cpu *cpu)
+{
+    msr_write(APIC_BASE_MSR, msr_read(APIC_BASE_MSR) | APIC_BASE_X2APIC);
+    cpu->x2apic = true;
+}
+
+static void logical_id_set(struct cpu *cpu)
+{
+    if (!cpu->x2apic) {
+        lapic_write(cpu, LAPIC_DFR, LAPIC_DFR_FLAT);
+        lapic_write(cpu, LAPIC_LDR, 1u << (24 + (cpu - cpus)));
+    }
+}
+
+static bool x2apic_present(void)
+{
+    uint32_t eax = 1, ebx, ecx, edx;
+
+    asm volatile("cpuid" : "+a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx));
+    return ecx & CPUID_1_ECX_X2APIC;
 }
 
 static bool acceptable(uint32_t opcode, uint32_t width, uint64_t address)
@@ -267,7 +348,10 @@ static bool acceptable(uint32_t opcode, uint32_t width, uint64_t address)
     switch (opcode) {
     case PROBE_NOP:
     case PROBE_INTERRUPTS:
+    case PROBE_LOGICAL:
         return true;
+    case PROBE_X2APIC:
+        return x2apic_present();
     case PROBE_MSR_READ:
     case PROBE_MSR_WRITE:
         return address < 1ull << 32;
@@ -321,11 +405,14 @@ static void execute(volatile struct probe_op *op, uint32_t width, uint32_t addre
         break;
     case PROBE_INTERRUPTS:
         interrupts = value;
-        if (interrupts) {
-            interrupts_enable();
-        } else {
-            interrupts_disable();
-        }
+        interrupts_disable();
+        interrupts_restore();
+        break;
+    case PROBE_X2APIC:
+        on_every_cpu(x2apic_enter);
+        break;
+    case PROBE_LOGICAL:
+        on_every_cpu(logical_id_set);
         break;
     }
 }
@@ -380,23 +467,23 @@ static void idt_setup(void)
 }
 
 /* Makes a CPU ready to take interrupts, but for sti. */
-static void cpu_setup(void)
+static void cpu_setup(struct cpu *cpu)
 {
     struct table_register idtr = { sizeof(idt) - 1, (uint32_t)idt };
 
     asm volatile("lidt %0" : : "m"(idtr) : "memory");
-    lapic_write(LAPIC_SVR, LAPIC_SVR_ENABLE | PROBE_SPURIOUS);
+    lapic_write(cpu, LAPIC_SVR, LAPIC_SVR_ENABLE | PROBE_SPURIOUS);
     __sync_fetch_and_add(&mailbox->cpus, 1);
 }
 
 /* After cpu_setup(), because a disabled LAPIC keeps every LVT entry masked. */
-static void timer_setup(void)
+static void timer_setup(struct cpu *cpu)
 {
-    lapic_write(LAPIC_LVT_LINT0, LAPIC_LVT_MASKED);
-    lapic_write(LAPIC_LVT_LINT1, LAPIC_LVT_MASKED);
-    lapic_write(LAPIC_TIMER_DIVIDE, LAPIC_DIVIDE_BY_1);
-    lapic_write(LAPIC_LVT_TIMER, LAPIC_LVT_PERIODIC | PROBE_TIMER);
-    lapic_write(LAPIC_TIMER_INITIAL, TICK_BUSY);
+    lapic_write(cpu, LAPIC_LVT_LINT0, LAPIC_LVT_MASKED);
+    lapic_write(cpu, LAPIC_LVT_LINT1, LAPIC_LVT_MASKED);
+    lapic_write(cpu, LAPIC_TIMER_DIVIDE, LAPIC_DIVIDE_BY_1);
+    lapic_write(cpu, LAPIC_LVT_TIMER, LAPIC_LVT_PERIODIC | PROBE_TIMER);
+    lapic_write(cpu, LAPIC_TIMER_INITIAL, TICK_BUSY);
 }
 
 /* Starts the other CPUs; returns when they are up.  A guest with one does not wait. */
@@ -444,7 +531,7 @@ static _Noreturn void main_loop(void)
         }
         if (busy != now - last_active < BUSY_CYCLES) {
             busy = !busy;
-            lapic_write(LAPIC_TIMER_INITIAL, busy ? TICK_BUSY : TICK_IDLE);
+            lapic_write(&cpus[0], LAPIC_TIMER_INITIAL, busy ? TICK_BUSY : TICK_IDLE);
         }
         interrupts_disable();
         if (active) {
@@ -457,10 +544,12 @@ static _Noreturn void main_loop(void)
     stop();
 }
 
-void ap_main(void)
+void ap_main(uint32_t id)
 {
-    cpu_setup();
+    cpu_setup(&cpus[id]);
     for (;;) {
+        interrupts_disable();
+        task_do(&cpus[id]);
         asm volatile("sti; hlt" : : : "memory");
     }
 }
@@ -473,8 +562,8 @@ void probe_main(void)
     port_out(PIC_MASTER_MASK, 1, 0xff);
     port_out(PIC_SLAVE_MASK, 1, 0xff);
     idt_setup();
-    cpu_setup();
-    timer_setup();
+    cpu_setup(&cpus[0]);
+    timer_setup(&cpus[0]);
     others_start();
     interrupts_enable();
     mailbox->state = PROBE_READY;

@@ -3,6 +3,7 @@
 
 import mmap
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -14,8 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from fixtures.guests.probe import GuestError, ProbeGuest, Verb
 from fixtures.guests.probe import Op as GuestOp
-from fixtures.guests.probe import ProbeGuest, Verb
 from fixtures.hosts import LocalHost
 from images.probe import SOURCES, ProbeBuildError, build
 
@@ -26,12 +27,15 @@ MAILBOX = 0x100000
 STARTING, READY, FAULTED = range(3)
 CFG_READ, CFG_WRITE, MMIO_READ, MMIO_WRITE = 1, 2, 3, 4
 PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
+X2APIC, LOGICAL = 11, 12
 OPS, LOG, TIMER, SPURIOUS = 384, 1024, 0xEF, 0xFF
 
 SCRATCH = 0x200000
 ICR_LOW, ICR_HIGH = 0xFEE00300, 0xFEE00310
 TO_ONE, TO_SELF, TO_ALL = 0x4000, 0x44000, 0x84000  # destination or shorthand; assert, fixed
-X2APIC_ID = 0x802  # #GP as long as the LAPIC is in xAPIC mode
+TO_LOGICAL = 0x4800
+X2APIC_ID, X2APIC_ICR = 0x802, 0x830  # #GP as long as the LAPIC is in xAPIC mode
+APIC_BASE, BASE_XAPIC, BASE_X2APIC = 0x1B, 0xFEE00900, 0xFEE00D00  # of the first CPU
 DEADLINE = 10.0
 
 Op = tuple[int, int, int, int]
@@ -220,6 +224,15 @@ def two_cpus(
         yield probe
 
 
+@pytest.fixture
+def x2apic_probe(hardware_qemu: list[str], rom: Path, tmp_path: Path) -> Iterator[Probe]:
+    """A guest of the test's own: two CPUs that have x2APIC mode, and a trace."""
+    more = ["-smp", "2", "-cpu", "qemu64,+x2apic"]
+    more += ["-d", "trace:memory_region_ops_write", "-D", str(tmp_path / "trace")]
+    with running(hardware_qemu, rom, tmp_path / "ram", "q35", *more) as probe:
+        yield probe
+
+
 def test_the_sources_are_there() -> None:
     assert {path.name for path in SOURCES} == {"abi.h", "entry.S", "probe.c", "probe.ld"}
     assert all(path.is_file() for path in SOURCES)
@@ -311,7 +324,7 @@ def test_widths_of_configuration_accesses(probe: Probe) -> None:
 
 
 def test_msrs(probe: Probe) -> None:
-    assert probe.read(MSR_READ, 0, 0x1B) == 0xFEE00900
+    assert probe.read(MSR_READ, 0, APIC_BASE) == BASE_XAPIC
     sysenter_eip = 0x176
     probe.run((MSR_WRITE, 0, sysenter_eip, 0x12345678))
     assert probe.read(MSR_READ, 0, sysenter_eip) == 0x12345678
@@ -324,7 +337,7 @@ def test_msrs(probe: Probe) -> None:
     "refused",
     [
         (0, 4, 0, 0),
-        (11, 4, 0, 0),
+        (13, 4, 0, 0),
         (MMIO_READ, 0, SCRATCH, 0),
         (MMIO_READ, 3, SCRATCH, 0),
         (MMIO_WRITE, 8, SCRATCH, 0),
@@ -333,6 +346,7 @@ def test_msrs(probe: Probe) -> None:
         (CFG_READ, 1, 1 << 24, 0),
         (CFG_READ, 2, 3, 0),
         (MSR_READ, 0, 1 << 32, 0),
+        (X2APIC, 0, 0, 0),  # QEMU's default CPU has none
     ],
 )
 def test_a_refused_operation_ends_its_batch(probe: Probe, refused: Op) -> None:
@@ -448,15 +462,79 @@ def test_interrupts_can_be_off_on_the_first_cpu_only(two_cpus: Probe) -> None:
     [
         pytest.param(0xFEE00000, [0], id="physical-0"),
         pytest.param(0xFEE01000, [1], id="physical-1"),
+        pytest.param(0xFEE01004, [0], id="logical-1"),
+        pytest.param(0xFEE02004, [1], id="logical-2"),
+        pytest.param(0xFEE03004, [0, 1], id="logical-3"),
     ],
 )
 def test_an_msi_goes_to_the_cpus_it_names(two_cpus: Probe, address: int, cpus: list[int]) -> None:
+    two_cpus.run((LOGICAL, 0, 0, 0))
     edu = Edu(two_cpus)
     edu.use_msi(0x62, address)
     for _ in range(3):
         first = two_cpus.log_count
         edu.raise_()
         assert sorted(two_cpus.taken(first, len(cpus))) == [(0x62, cpu) for cpu in cpus]
+
+
+def test_all_cpus_change_to_x2apic_mode_while_interrupts_come(x2apic_probe: Probe) -> None:
+    probe = x2apic_probe
+    first = probe.log_count
+    before, after = range(0x30, 0x60), range(0x60, 0x90)
+    probe.run(
+        *((MMIO_WRITE, 4, ICR_LOW, TO_ALL | vector) for vector in before),
+        (X2APIC, 0, 0, 0),
+        *((MSR_WRITE, 0, X2APIC_ICR, TO_ALL | vector) for vector in after),
+    )
+    taken = probe.taken(first, 2 * 0x60)
+    assert sorted(taken) == [(v, cpu) for v in (*before, *after) for cpu in (0, 1)]
+    assert probe.read(MSR_READ, 0, APIC_BASE) == BASE_X2APIC
+
+
+def test_interrupts_come_and_end_in_x2apic_mode(x2apic_probe: Probe, tmp_path: Path) -> None:
+    probe, trace = x2apic_probe, tmp_path / "trace"
+    # The second and the third have nothing to do: logical IDs are there, 1 << APIC ID.
+    probe.run((X2APIC, 0, 0, 0), (X2APIC, 0, 0, 0), (LOGICAL, 0, 0, 0))
+    written = trace.stat().st_size
+    edu = Edu(probe)
+    for address, cpu in (0xFEE00000, 0), (0xFEE01000, 1), (0xFEE01004, 0), (0xFEE02004, 1):
+        edu.use_msi(0x63, address)
+        for _ in range(3):
+            first = probe.log_count
+            edu.raise_()
+            assert probe.taken(first, 1) == [(0x63, cpu)]
+    ticks = probe.counter(TIMER)
+    probe.wait(lambda: probe.counter(TIMER) > ticks + 20)
+    # In this mode KVM has no LAPIC in memory any more.  TCG has: only its trace tells.
+    later = trace.read_text()[written:]
+    assert "name 'edu-mmio'" in later
+    assert not re.findall("addr 0xfee00(?:0[^0]|[^0]).*'apic-msi'", later)
+
+
+def test_a_reset_ends_x2apic_mode(x2apic_probe: Probe) -> None:
+    probe = x2apic_probe
+    probe.run((X2APIC, 0, 0, 0))
+    probe.post((PORT_OUT, 1, 0xCF9, 6))
+    probe.wait(lambda: probe.u32(0x030) == 0 and probe.state == READY)
+    assert probe.cpus == 2
+    assert probe.read(MSR_READ, 0, APIC_BASE) == BASE_XAPIC
+    for number, cpu in enumerate([0, 1, 0, 1]):
+        probe.interrupt(cpu, 0x5B)
+        assert probe.taken(number, 1) == [(0x5B, cpu)]
+
+
+def test_an_exception_on_another_cpu_stops_the_first(x2apic_probe: Probe) -> None:
+    probe = x2apic_probe
+    probe.interrupt(1, 0x1A)
+    probe.wait(lambda: probe.state == FAULTED)
+    assert (probe.u32(0x00C), probe.counter(0x1A)) == (0x1A, 1)
+
+    def stopped() -> bool:
+        loops = probe.loops
+        time.sleep(0.05)  # five ticks, when idle
+        return probe.loops == loops
+
+    probe.wait(stopped)
 
 
 def test_the_harness_reads_what_the_guest_says_of_its_cpus(
@@ -468,13 +546,16 @@ def test_the_harness_reads_what_the_guest_says_of_its_cpus(
     assert before.cpus == 2
     guest.batch(
         [
-            GuestOp(Verb.WRITE, ICR_HIGH, 1 << 24),
-            GuestOp(Verb.WRITE, ICR_LOW, TO_ONE | 0x5A),
+            GuestOp(Verb.LOGICAL),
+            GuestOp(Verb.WRITE, ICR_HIGH, 2 << 24),
+            GuestOp(Verb.WRITE, ICR_LOW, TO_LOGICAL | 0x5A),
         ]
     )
     two_cpus.wait(lambda: guest.look().log_count > before.log_count)
     (delivery,) = guest.log(before.log_count, before.log_count + 1)
     assert (delivery.vector, delivery.cpu) == (0x5A, 1)
+    with pytest.raises(GuestError, match="X2APIC"):
+        guest.batch([GuestOp(Verb.X2APIC)])
 
 
 def test_half_a_sequence_number_is_not_a_request(probe: Probe) -> None:
