@@ -84,6 +84,14 @@ enum probe_opcode {
      * flat model.  In x2APIC mode a CPU always has one; then nothing is done.
      */
     PROBE_LOGICAL = 12,
+    /*
+     * address = physical, below 4 GiB, aligned; value = IDT vector << 32 | data.
+     * Whoever takes the vector from now on first writes the 32 bits of data to
+     * address, so that a device takes its interrupt back before it is counted and
+     * gets its EOI.  address = 0: nothing is written from now on.  Refused for an
+     * exception.  Each vector has its own.
+     */
+    PROBE_ACKNOWLEDGE = 13,
 };
 
 struct probe_op {

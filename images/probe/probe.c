@@ -87,7 +87,10 @@ static struct cpu cpus[PROBE_CPUS];     /* each is used by its own CPU only */
 static void (*volatile task)(struct cpu *cpu);
 static volatile uint32_t tasks, tasks_left;
 
-static volatile uint32_t lock;  /* of the counters and the log */
+static volatile uint32_t lock;  /* of the counters, the log, and this: */
+static struct {
+    uint32_t address, data;
+} acknowledgements[PROBE_VECTORS];
 
 void interrupt(const struct frame *frame);
 _Noreturn void probe_main(void);
@@ -283,6 +286,9 @@ void interrupt(const struct frame *frame)
         fault(frame);
     }
     lock_take();
+    if (acknowledgements[vector].address) {
+        store(acknowledgements[vector].address, 4, acknowledgements[vector].data);
+    }
     mailbox->counters[vector]++;
     if (vector != PROBE_TIMER) {
         log_delivery(vector, id);
@@ -335,6 +341,16 @@ static void logical_id_set(struct cpu *cpu)
     }
 }
 
+static void acknowledge(uint32_t vector, uint32_t address, uint32_t data)
+{
+    interrupts_disable();
+    lock_take();
+    acknowledgements[vector].address = address;
+    acknowledgements[vector].data = data;
+    lock_release();
+    interrupts_restore();
+}
+
 static bool x2apic_present(void)
 {
     uint32_t eax = 1, ebx, ecx, edx;
@@ -343,7 +359,7 @@ static bool x2apic_present(void)
     return ecx & CPUID_1_ECX_X2APIC;
 }
 
-static bool acceptable(uint32_t opcode, uint32_t width, uint64_t address)
+static bool acceptable(uint32_t opcode, uint32_t width, uint64_t address, uint64_t value)
 {
     switch (opcode) {
     case PROBE_NOP:
@@ -352,6 +368,9 @@ static bool acceptable(uint32_t opcode, uint32_t width, uint64_t address)
         return true;
     case PROBE_X2APIC:
         return x2apic_present();
+    case PROBE_ACKNOWLEDGE:
+        return address < 1ull << 32 && !(address & 3) &&
+               value >> 32 >= EXCEPTIONS && value >> 32 < PROBE_VECTORS;
     case PROBE_MSR_READ:
     case PROBE_MSR_WRITE:
         return address < 1ull << 32;
@@ -414,6 +433,9 @@ static void execute(volatile struct probe_op *op, uint32_t width, uint32_t addre
     case PROBE_LOGICAL:
         on_every_cpu(logical_id_set);
         break;
+    case PROBE_ACKNOWLEDGE:
+        acknowledge(value >> 32, address, value);
+        break;
     }
 }
 
@@ -425,7 +447,7 @@ static uint32_t execute_batch(uint32_t count)
     for (uint32_t i = 0; i < count; i++) {
         volatile struct probe_op *op = &mailbox->ops[i];
 
-        if (!acceptable(op->op, op->width, op->address)) {
+        if (!acceptable(op->op, op->width, op->address, op->value)) {
             return i + 1;
         }
         execute(op, op->width, op->address);

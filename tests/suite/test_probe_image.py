@@ -27,7 +27,7 @@ MAILBOX = 0x100000
 STARTING, READY, FAULTED = range(3)
 CFG_READ, CFG_WRITE, MMIO_READ, MMIO_WRITE = 1, 2, 3, 4
 PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
-X2APIC, LOGICAL = 11, 12
+X2APIC, LOGICAL, ACKNOWLEDGE = 11, 12, 13
 OPS, LOG, TIMER, SPURIOUS = 384, 1024, 0xEF, 0xFF
 
 SCRATCH = 0x200000
@@ -141,7 +141,9 @@ class Edu:
 
     CONFIG, BAR = 3 << 11, 0xE0000000
     IDENTIFICATION, INVERTER = BAR, BAR + 4
-    RAISE, ACKNOWLEDGE = BAR + 0x60, BAR + 0x64
+    STATUS, RAISE, ACKNOWLEDGE = BAR + 0x24, BAR + 0x60, BAR + 0x64
+    #: Where q35 has INTA of the devices in slots below 25: hw/isa/lpc_ich9.c, ich9_cc_init().
+    INPUT = 20 + 3 % 4
     MEMORY_AND_MASTER = 6
 
     def __init__(self, probe: Probe) -> None:
@@ -161,6 +163,17 @@ class Edu:
             (CFG_WRITE, 4, self.CONFIG + self.msi + 8, 0),
             (CFG_WRITE, 2, self.CONFIG + self.msi + 12, vector),
             (CFG_WRITE, 2, self.CONFIG + self.msi + 2, 0x81),
+        )
+
+    def use_intx(self, vector: int, cpu: int) -> None:
+        """Level triggered, active low, to a CPU by its APIC ID."""
+        entry = 0x10 + 2 * self.INPUT
+        self.probe.run(
+            (CFG_WRITE, 2, self.CONFIG + self.msi + 2, 0x80),
+            (MMIO_WRITE, 4, 0xFEC00000, entry + 1),
+            (MMIO_WRITE, 4, 0xFEC00010, cpu << 24),
+            (MMIO_WRITE, 4, 0xFEC00000, entry),
+            (MMIO_WRITE, 4, 0xFEC00010, 0xA000 | vector),
         )
 
     def raise_(self) -> None:
@@ -337,7 +350,7 @@ def test_msrs(probe: Probe) -> None:
     "refused",
     [
         (0, 4, 0, 0),
-        (13, 4, 0, 0),
+        (14, 4, 0, 0),
         (MMIO_READ, 0, SCRATCH, 0),
         (MMIO_READ, 3, SCRATCH, 0),
         (MMIO_WRITE, 8, SCRATCH, 0),
@@ -347,6 +360,10 @@ def test_msrs(probe: Probe) -> None:
         (CFG_READ, 2, 3, 0),
         (MSR_READ, 0, 1 << 32, 0),
         (X2APIC, 0, 0, 0),  # QEMU's default CPU has none
+        (ACKNOWLEDGE, 0, SCRATCH, 0x1F << 32),
+        (ACKNOWLEDGE, 0, SCRATCH, 0x100 << 32),
+        (ACKNOWLEDGE, 0, SCRATCH + 2, 0x55 << 32),
+        (ACKNOWLEDGE, 0, 1 << 32, 0x55 << 32),
     ],
 )
 def test_a_refused_operation_ends_its_batch(probe: Probe, refused: Op) -> None:
@@ -415,6 +432,18 @@ def test_an_msi_from_a_device(probe: Probe) -> None:
     assert probe.log_count == first + 3
 
 
+def test_a_vector_is_acknowledged_when_taken_until_that_is_ended(probe: Probe) -> None:
+    def after(vector: int) -> int:
+        probe.run((MMIO_WRITE, 4, SCRATCH, 0))
+        probe.interrupt_self(vector)
+        return probe.read(MMIO_READ, 4, SCRATCH)
+
+    probe.run((ACKNOWLEDGE, 0, SCRATCH, 0x55 << 32 | 0x89ABCDEF))
+    assert [after(0x55), after(0x56), after(0x55)] == [0x89ABCDEF, 0, 0x89ABCDEF]
+    probe.run((ACKNOWLEDGE, 0, 0, 0x55 << 32 | 1))
+    assert after(0x55) == 0
+
+
 @pytest.mark.parametrize("count", [2, 8])
 def test_all_cpus_are_up_when_the_guest_is_ready(
     hardware_qemu: list[str], rom: Path, tmp_path: Path, count: int
@@ -477,6 +506,28 @@ def test_an_msi_goes_to_the_cpus_it_names(two_cpus: Probe, address: int, cpus: l
         assert sorted(two_cpus.taken(first, len(cpus))) == [(0x62, cpu) for cpu in cpus]
 
 
+def assert_once_per_raise(probe: Probe, cpu: int) -> None:
+    """A level interrupt to a CPU that acknowledges it is taken once each time it is raised."""
+    edu, vector, lower = Edu(probe), 0x71, 0x31
+    edu.use_intx(vector, cpu)
+    probe.run((ACKNOWLEDGE, 0, edu.ACKNOWLEDGE, vector << 32 | 0xFFFFFFFF))
+    first = probe.log_count
+    for number in range(10):
+        edu.raise_()
+        assert probe.taken(first + number, 1) == [(vector, cpu)]
+        assert probe.read(MMIO_READ, 4, edu.STATUS) == 0
+    # What has a lower priority is taken last: until then one too many would have come.
+    edu.use_msi(lower, 0xFEE00000 | cpu << 12)
+    edu.raise_()
+    assert probe.taken(first, 11) == [(vector, cpu)] * 10 + [(lower, cpu)]
+    probe.run((ACKNOWLEDGE, 0, 0, vector << 32))
+
+
+@pytest.mark.parametrize("cpu", [0, 1])
+def test_a_level_interrupt_is_taken_once_per_raise(two_cpus: Probe, cpu: int) -> None:
+    assert_once_per_raise(two_cpus, cpu)
+
+
 def test_all_cpus_change_to_x2apic_mode_while_interrupts_come(x2apic_probe: Probe) -> None:
     probe = x2apic_probe
     first = probe.log_count
@@ -503,6 +554,8 @@ def test_interrupts_come_and_end_in_x2apic_mode(x2apic_probe: Probe, tmp_path: P
             first = probe.log_count
             edu.raise_()
             assert probe.taken(first, 1) == [(0x63, cpu)]
+    for cpu in (0, 1):
+        assert_once_per_raise(probe, cpu)
     ticks = probe.counter(TIMER)
     probe.wait(lambda: probe.counter(TIMER) > ticks + 20)
     # In this mode KVM has no LAPIC in memory any more.  TCG has: only its trace tells.
@@ -511,16 +564,18 @@ def test_interrupts_come_and_end_in_x2apic_mode(x2apic_probe: Probe, tmp_path: P
     assert not re.findall("addr 0xfee00(?:0[^0]|[^0]).*'apic-msi'", later)
 
 
-def test_a_reset_ends_x2apic_mode(x2apic_probe: Probe) -> None:
+def test_a_reset_ends_x2apic_mode_and_acknowledgements(x2apic_probe: Probe) -> None:
     probe = x2apic_probe
-    probe.run((X2APIC, 0, 0, 0))
+    probe.run((X2APIC, 0, 0, 0), (ACKNOWLEDGE, 0, SCRATCH, 0x5B << 32 | 1))
     probe.post((PORT_OUT, 1, 0xCF9, 6))
     probe.wait(lambda: probe.u32(0x030) == 0 and probe.state == READY)
     assert probe.cpus == 2
     assert probe.read(MSR_READ, 0, APIC_BASE) == BASE_XAPIC
+    probe.run((MMIO_WRITE, 4, SCRATCH, 0))
     for number, cpu in enumerate([0, 1, 0, 1]):
         probe.interrupt(cpu, 0x5B)
         assert probe.taken(number, 1) == [(0x5B, cpu)]
+    assert probe.read(MMIO_READ, 4, SCRATCH) == 0
 
 
 def test_an_exception_on_another_cpu_stops_the_first(x2apic_probe: Probe) -> None:
@@ -544,9 +599,11 @@ def test_the_harness_reads_what_the_guest_says_of_its_cpus(
     guest.wait_ready()
     before = guest.look()
     assert before.cpus == 2
+    two_cpus.ram[SCRATCH : SCRATCH + 4] = bytes(4)
     guest.batch(
         [
             GuestOp(Verb.LOGICAL),
+            GuestOp(Verb.ACKNOWLEDGE, SCRATCH, 0x5A << 32 | 0x1234),
             GuestOp(Verb.WRITE, ICR_HIGH, 2 << 24),
             GuestOp(Verb.WRITE, ICR_LOW, TO_LOGICAL | 0x5A),
         ]
@@ -554,6 +611,8 @@ def test_the_harness_reads_what_the_guest_says_of_its_cpus(
     two_cpus.wait(lambda: guest.look().log_count > before.log_count)
     (delivery,) = guest.log(before.log_count, before.log_count + 1)
     assert (delivery.vector, delivery.cpu) == (0x5A, 1)
+    end = GuestOp(Verb.ACKNOWLEDGE, 0, 0x5A << 32)
+    assert guest.batch([GuestOp(Verb.READ, SCRATCH), end])[0] == 0x1234
     with pytest.raises(GuestError, match="X2APIC"):
         guest.batch([GuestOp(Verb.X2APIC)])
 
