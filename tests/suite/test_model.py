@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The model of MSI-X says what the PCI Local Bus Specification 3.0 says, rule by rule."""
+"""The models say what the PCI Local Bus Specification 3.0 says, rule by rule."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fixtures.oracle.model import MsixModel
+from fixtures.oracle.model import InterruptModel, IntxModel, MsiModel, MsixModel
+
+# MSI-X.
 
 
 def in_use(size: int = 4) -> MsixModel:
@@ -179,3 +185,284 @@ def test_in_every_history_a_vector_fares_as_if_it_were_alone() -> None:
                 0 in alone.pending,
                 0 in alone.masked,
             ), f"vector {n} of {[(name, v) for name, v, _ in history]}: {both}"
+
+
+# MSI.
+
+
+def msi_in_use(size: int = 4, granted: int = 4) -> MsiModel:
+    """A function as its driver leaves it: enabled."""
+    model = MsiModel(size, granted=granted)
+    model.set_control(enable=True)
+    return model
+
+
+def test_after_reset_msi_is_disabled_and_no_vector_is_masked() -> None:
+    """6.8.1.3: MSI Enable after reset is 0; 6.8.1.7, 6.8.1.8: so are all mask and pending bits."""
+    model = MsiModel(32)
+    assert (model.enabled, model.masked, model.pending) == (False, set(), set())
+
+
+def test_while_msi_is_disabled_an_event_is_neither_delivered_nor_pending() -> None:
+    """6.8.1.3: with MSI Enable clear, a function must not use MSI to request service."""
+    model = MsiModel(4, granted=4)
+    model.fire(1)
+    model.set_mask(True, 2)
+    model.fire(2)
+    model.set_control(enable=True)
+    model.set_mask(False, 2)
+    assert (model.delivered, model.pending) == ([], set())
+
+
+def test_a_masked_message_is_sent_once_when_unmasked() -> None:
+    """6.8.3.5: the same for MSI with mask bits as for MSI-X."""
+    model = msi_in_use()
+    model.set_mask(True, 2, 3)
+    for vector in (3, 2, 1, 3):
+        model.fire(vector)
+    assert (model.delivered, model.pending) == ([1], {2, 3})
+    model.set_mask(False, 3)
+    assert (model.delivered, model.pending) == ([1, 3], {2})
+
+
+def test_what_is_pending_when_msi_is_disabled_is_sent_when_it_is_enabled_and_unmasked() -> None:
+    """6.8.1.8, 6.8.3.5: only sending clears a pending bit."""
+    model = msi_in_use()
+    model.set_mask(True, 0)
+    model.fire(0)
+    model.set_control(enable=False)
+    model.set_mask(False, 0)
+    assert (model.delivered, model.pending) == ([], {0})
+    model.set_control(enable=True)
+    assert (model.delivered, model.pending) == ([0], set())
+
+
+def test_vectors_that_were_not_granted_are_not_used() -> None:
+    """6.8.1.3: Multiple Message Enable may say less than Multiple Message Capable."""
+    model = msi_in_use(size=32, granted=2)
+    model.set_mask(True, 1, 2)
+    for vector in (0, 1, 2, 31):
+        model.fire(vector)
+    assert (model.delivered, model.pending) == ([0], {1})
+    model.set_mask(False, 1, 2)
+    assert (model.delivered, model.pending) == ([0, 1], set())
+    assert [n for n in range(32) if model.can_deliver(n)] == [0, 1]
+
+
+def test_msi_without_mask_bits_cannot_be_masked() -> None:
+    """6.8.1.7: they are optional."""
+    model = MsiModel(4, granted=4, maskable=False)
+    with pytest.raises(ValueError, match="has no mask bits"):
+        model.set_mask(True, 0)
+    model.fire(0)
+    model.set_control(enable=True)
+    model.fire(1)
+    assert (model.masked, model.pending, model.delivered) == (set(), set(), [1])
+
+
+# INTx.
+
+
+def test_after_reset_the_pin_may_be_used() -> None:
+    """6.2.2: Interrupt Disable after reset is 0."""
+    model = IntxModel()
+    assert (model.size, model.masked, model.asserted) == (1, set(), False)
+    model.fire(0)
+    assert (model.delivered, model.asserted) == ([0], True)
+
+
+def test_a_pin_that_is_asserted_already_is_delivered_once() -> None:
+    """2.2.6: it is a level, which stays until the driver clears the request."""
+    model = IntxModel()
+    model.fire(0)
+    model.fire(0)
+    assert model.delivered == [0]
+    model.acknowledge()
+    assert not model.asserted
+    model.fire(0)
+    assert model.delivered == [0, 0]
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_request_while_interrupt_disable_is_set_is_delivered_once_when_it_is_cleared(
+    times: int,
+) -> None:
+    """6.2.2: the function must not assert its pin; 6.2.3: Interrupt Status shows the request."""
+    model = IntxModel()
+    model.set_mask(True, 0)
+    for _ in range(times):
+        model.fire(0)
+    assert (model.delivered, model.pending, model.asserted) == ([], {0}, True)
+    model.set_mask(False, 0)
+    assert (model.delivered, model.pending, model.asserted) == ([0], set(), True)
+    model.set_mask(False, 0)
+    assert model.delivered == [0]
+
+
+def test_what_is_not_acknowledged_is_delivered_again_after_interrupt_disable() -> None:
+    """6.2.3: Interrupt Disable has no effect on Interrupt Status."""
+    model = IntxModel()
+    model.fire(0)
+    model.set_mask(True, 0)
+    assert (model.delivered, model.pending) == ([0], {0})
+    model.set_mask(False, 0)
+    assert (model.delivered, model.pending) == ([0, 0], set())
+
+
+def test_what_is_acknowledged_while_interrupt_disable_is_set_is_not_delivered() -> None:
+    """6.2.3: Interrupt Status is clear then, so that there is nothing to assert."""
+    model = IntxModel()
+    model.set_mask(True, 0)
+    model.fire(0)
+    model.acknowledge()
+    model.set_mask(False, 0)
+    assert (model.delivered, model.pending, model.asserted) == ([], set(), False)
+
+
+def test_disabling_intx_is_to_set_interrupt_disable() -> None:
+    """6.2.2: there is no other bit for it."""
+    model = IntxModel()
+    model.set_control(enable=False)
+    assert model.masked == {0}
+    model.fire(0)
+    model.set_control(enable=True)
+    assert (model.masked, model.delivered) == (set(), [0])
+
+
+# All kinds, whatever happens to them.
+
+Act = tuple[str, int]
+
+
+class Watched:
+    """A model of any kind, and what has happened to it.
+
+    A driver acknowledges INTx as soon as it is delivered, as the probe does.
+    """
+
+    VERBS = ("fire", "mask", "unmask", "enable", "disable", "function mask")
+
+    def __init__(self, model: InterruptModel, *, enabled: bool) -> None:
+        self.model = model
+        self.can_mask = not isinstance(model, MsiModel) or model.maskable
+        self.fired: Counter[int] = Counter()
+        self.was_disabled = not enabled
+        if enabled:
+            model.set_control(enable=True)
+
+    def do(self, verb: str, vector: int) -> None:
+        model, before = self.model, len(self.model.delivered)
+        vector %= model.size
+        if verb == "fire":
+            self.fired[vector] += 1
+            model.fire(vector)
+        elif verb in ("mask", "unmask"):
+            if self.can_mask:
+                model.set_mask(verb == "mask", vector)
+        elif verb in ("enable", "disable"):
+            self.was_disabled |= verb == "disable"
+            model.set_control(enable=verb == "enable")
+        elif isinstance(model, MsixModel):
+            model.set_control(enable=True, function_mask=True)
+        if isinstance(model, IntxModel) and len(model.delivered) > before:
+            model.acknowledge()
+
+    def has_message(self, vector: int) -> bool:
+        return not isinstance(self.model, MsiModel) or vector < self.model.granted
+
+
+MODELS: list[Callable[[], InterruptModel]] = [
+    lambda: MsixModel(4),
+    lambda: MsiModel(4, granted=4),
+    lambda: MsiModel(8, granted=4),
+    lambda: MsiModel(4, granted=4, maskable=False),
+    IntxModel,
+]
+#: What has happened to a function that is in use, or is not yet.
+watched = st.builds(
+    lambda make, enabled: Watched(make(), enabled=enabled), st.sampled_from(MODELS), st.booleans()
+)
+maskable = watched.filter(lambda seen: seen.can_mask)
+#: Few vectors, so that much happens to each.
+acts = st.lists(
+    st.tuples(st.sampled_from(("fire", *Watched.VERBS)), st.integers(0, 2)), min_size=5, max_size=25
+)
+#: The same examples in each run.
+whatever_happens = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+def relive(seen: Watched, history: list[Act]) -> InterruptModel:
+    for act in history:
+        seen.do(*act)
+    return seen.model
+
+
+@whatever_happens
+@given(watched, acts, st.integers(0, 7))
+def test_an_event_is_delivered_or_pending_or_dropped_and_never_two_of_them(
+    seen: Watched, history: list[Act], vector: int
+) -> None:
+    model = relive(seen, history)
+    vector %= model.size
+    before = copy.deepcopy(model)
+    model.fire(vector)
+    delivered = model.delivered[len(before.delivered) :]
+    pending = model.pending - before.pending
+    assert model.delivered[: len(before.delivered)] == before.delivered
+    assert model.pending >= before.pending, "nothing else was changed"
+    if before.can_deliver(vector):
+        assert (delivered, pending) == ([vector], set())
+    elif before.enabled and seen.has_message(vector):
+        assert (delivered, pending) == ([], {vector} - before.pending)
+    else:
+        assert (delivered, pending) == ([], set())
+
+
+@whatever_happens
+@given(watched, acts)
+def test_no_vector_stays_pending_that_may_be_delivered(seen: Watched, history: list[Act]) -> None:
+    model = relive(seen, history)
+    assert [n for n in model.pending if model.can_deliver(n)] == []
+
+
+@whatever_happens
+@given(watched, acts)
+def test_nothing_is_delivered_that_did_not_happen_and_nothing_is_lost_but_while_disabled(
+    seen: Watched, history: list[Act]
+) -> None:
+    model = relive(seen, history)
+    for n in range(model.size):
+        seen_so_far = model.delivered.count(n) + (n in model.pending)
+        assert seen_so_far <= seen.fired[n]
+        if seen.has_message(n) and (not seen.was_disabled or isinstance(model, IntxModel)):
+            assert (seen_so_far > 0) == (seen.fired[n] > 0)
+
+
+@whatever_happens
+@given(maskable, acts)
+def test_unmasking_everything_delivers_what_is_pending_exactly_once(
+    seen: Watched, history: list[Act]
+) -> None:
+    model = relive(seen, history)
+    pending, before = set(model.pending), len(model.delivered)
+    for _ in range(2):
+        model.set_control(enable=True)
+        model.set_mask(False, *range(model.size))
+        assert Counter(model.delivered[before:]) == Counter(pending)
+    assert model.pending == set()
+
+
+@whatever_happens
+@given(maskable, acts, st.booleans(), st.permutations(range(8)))
+def test_the_order_of_masks_matters_for_nothing_but_the_order_of_deliveries(
+    seen: Watched, history: list[Act], masked: bool, order: list[int]
+) -> None:
+    model = relive(seen, history)
+    other, before = copy.deepcopy(model), len(model.delivered)
+    vectors = [n for n in order if n < model.size]
+    model.set_mask(masked, *sorted(vectors))
+    other.set_mask(masked, *vectors)
+    assert [n for n in vectors if n in other.delivered[before:]] == other.delivered[before:]
+    model.delivered.sort()
+    other.delivered.sort()
+    assert model == other
