@@ -4,22 +4,31 @@
 from __future__ import annotations
 
 import re
+import secrets
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from fixtures.endpoints.vfio_user import Description, Irq, Msi, NotArmedError, VfioUserEndpoint
 from fixtures.guests import GuestError, MsixFunction, Op, PciFunction, ProbeGuest
-from fixtures.guests.pci import find_capability
+from fixtures.guests.pci import (
+    MSI_CAPABILITY,
+    MSIX_CAPABILITY,
+    MsiFunction,
+    find_capability,
+)
 from fixtures.guests.probe import LOG_SIZE, OPS_MAX, Verb
+from fixtures.hosts import LocalHost
 from fixtures.machines import Machine
+from fixtures.rig import Kind, Rig, msi
 from fixtures.waiting import DeadlineError, until
 
 Plugged = Any  # tests/suite/conftest.py
 
-MSI_CAPABILITY, MSIX_CAPABILITY = 0x05, 0x11
+SLOT = 4
 #: The local APIC's interrupt command register, and "to myself, fixed, edge".
 ICR, TO_SELF = 0xFEE0_0300, 0x44000
 X2APIC_ID = 0x802  # not to be read as long as the APIC is in xAPIC mode
@@ -151,12 +160,14 @@ def test_a_capability_list_that_goes_in_circles_has_an_end() -> None:
 
 
 @pytest.mark.parametrize("slot", [5, 7], ids=["without", "absent"])
-def test_a_function_without_msix_is_told_by_its_slot(
+def test_a_function_that_does_not_interrupt_so_is_told_by_its_slot(
     a_guest: Callable[..., tuple[Machine, ProbeGuest]], slot: int
 ) -> None:
     _, guest = a_guest("pci-testdev,addr=5")
     with pytest.raises(GuestError, match=rf"slot {slot:#x} has no MSI-X capability"):
         MsixFunction(guest, slot)
+    with pytest.raises(GuestError, match=rf"slot {slot:#x} has no MSI capability"):
+        MsiFunction(guest, slot)
 
 
 # MSI-X.
@@ -187,6 +198,8 @@ def test_masks_are_those_of_the_named_vectors(there: Plugged, function: MsixFunc
     function.set_mask(True, 31)
     masks = there.guest.batch(function.table_ops())[3::4]
     assert [n for n, mask in enumerate(masks) if not mask & 1] == [0, 32, 63]
+    table = struct.pack("<256I", *there.guest.batch(function.table_ops()))
+    assert function.masked(function.config(), table) == set(range(64)) - {0, 32, 63}
 
 
 @pytest.mark.parametrize("enable", [False, True])
@@ -235,8 +248,243 @@ def test_a_vector_that_moves_is_delivered_where_it_moved_to(
 def test_a_vector_that_the_table_does_not_have_is_refused(
     function: MsixFunction, vector: int
 ) -> None:
-    with pytest.raises(ValueError, match=f"the table has 64 entries; there is no {vector}"):
+    with pytest.raises(ValueError, match=f"uses 64 vectors; there is no {vector}"):
         function.set_mask(True, vector)
+
+
+# MSI, by rigs: what is seen is what the model says.
+
+
+class Served:
+    """The device's host, which here there is none of."""
+
+    def interrupts(self) -> dict[int, int]:
+        return {}
+
+    def config_writes(self, _offset: int = 0) -> tuple[list[str], int]:
+        return [], 0
+
+
+@pytest.fixture(scope="module")
+def rig_with(
+    local: LocalHost, a_machine: Callable[..., Machine]
+) -> Iterator[Callable[[Description, Kind], Rig]]:
+    """Makes rigs with a function like this, which is in use."""
+    endpoints = []
+
+    def make(description: Description, kind: Kind) -> Rig:
+        endpoint = VfioUserEndpoint(description)
+        endpoints.append(endpoint)
+        endpoint.listen(local.scratch / f"{secrets.token_hex(4)}.sock")
+        machine = a_machine(endpoint.qemu_device("dut", addr=f"{SLOT:x}"))
+        rig = Rig(machine, SLOT, endpoint, Served(), kind)
+        rig.power_on()
+        rig.program(*rig.vectors)
+        rig.enable()
+        return rig
+
+    yield make
+    for endpoint in endpoints:
+        endpoint.close()
+
+
+SHAPES = {
+    f"{count}-vectors-{'64' if wide else '32'}-bit{'' if maskable else '-without-masks'}": Msi(
+        count, wide, maskable
+    )
+    for count, wide, maskable in (
+        (1, True, True),
+        (1, False, False),
+        (2, False, True),
+        (2, True, False),
+        (32, True, True),
+        (32, False, True),
+        (32, True, False),
+        (32, False, False),
+    )
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def any_msi(request: pytest.FixtureRequest, rig_with: Callable[..., Rig]) -> Rig:
+    return rig_with(Description(msix=None, msi=SHAPES[request.param]), msi())
+
+
+@pytest.fixture
+def rig(any_msi: Rig) -> Rig:
+    """A function with MSI, enabled and unmasked."""
+    if any_msi.function.can_mask:
+        any_msi.unmask(*any_msi.vectors)
+    any_msi.begin()
+    return any_msi
+
+
+with_masks, without_masks = (
+    pytest.mark.parametrize(
+        "any_msi", [name for name in SHAPES if SHAPES[name].maskable == maskable], indirect=True
+    )
+    for maskable in (True, False)
+)
+
+
+def idt_vectors(rig: Rig) -> list[int]:
+    return [rig.function.idt_vector(vector) for vector in rig.vectors]
+
+
+def test_each_message_of_msi_is_delivered_exactly_once_and_in_order(rig: Rig) -> None:
+    assert rig.endpoint.armed() == (Irq.MSI, frozenset(rig.vectors))
+    rig.fire(*rig.vectors)
+    rig.fire(*reversed(rig.vectors))
+    rig.check()
+
+
+@with_masks
+def test_masked_messages_are_pending_and_delivered_once_when_unmasked(rig: Rig) -> None:
+    rig.mask(*rig.vectors)
+    rig.fire(*rig.vectors)
+    rig.fire(*rig.vectors)
+    seen = rig.check()
+    assert (seen.masked, seen.pending) == (set(rig.vectors), set(rig.vectors))
+    for vector in reversed(rig.vectors):
+        assert rig.unmask_and_look(vector) == rig.model.pending
+    rig.await_delivery(*rig.vectors)
+    rig.check()
+
+
+@with_masks
+def test_messages_are_delivered_in_the_order_they_are_unmasked(rig: Rig) -> None:
+    order = [*rig.vectors[1::2], *rig.vectors[::2]]
+    rig.mask(*rig.vectors)
+    rig.fire(*rig.vectors)
+    # Else the local APIC would have several at once, and take the highest first.
+    for vector in order:
+        rig.unmask(vector)
+        rig.await_delivery(vector)
+    rig.check()
+
+
+@with_masks
+def test_masking_one_message_leaves_the_others_alone(rig: Rig) -> None:
+    last = rig.vectors[-1]
+    rig.mask(last)
+    rig.fire(*rig.vectors)
+    seen = rig.check()
+    assert (seen.masked, seen.pending) == ({last}, {last})
+    rig.unmask(last)
+    rig.await_delivery(last)
+    assert rig.check().masked == set()
+
+
+@without_masks
+def test_msi_without_mask_bits_says_so_and_shows_none(rig: Rig) -> None:
+    assert not rig.function.can_mask
+    with pytest.raises(GuestError, match=r"slot 0x4 has no mask bits"):
+        rig.mask(0)
+    with pytest.raises(GuestError, match=r"slot 0x4 has no mask bits"):
+        rig.unmask_and_look(0)
+    seen = rig.check()
+    assert (seen.masked, seen.pending, seen.table) == (set(), set(), b"")
+
+
+def test_all_messages_of_msi_move_together(rig: Rig) -> None:
+    before = idt_vectors(rig)
+    rig.change_message(rig.vectors[-1])
+    after = idt_vectors(rig)
+    assert not set(before) & set(after)
+    assert before[0] % rig.function.size == after[0] % rig.function.size == 0
+    rig.fire(*rig.vectors)
+    rig.check()
+    rig.begin()  # deliveries are counted by IDT vector
+    rig.change_message(*rig.vectors)
+    assert idt_vectors(rig) == before
+    rig.fire(*rig.vectors)
+    rig.check()
+
+
+def test_msi_that_is_disabled_has_no_eventfds_and_comes_back(rig: Rig) -> None:
+    rig.disable()
+    assert rig.endpoint.armed() is None
+    rig.enable()
+    rig.fire(*rig.vectors)
+    rig.check()
+
+
+@with_masks
+@pytest.mark.parametrize("vector", [-1, 32])
+def test_a_message_that_there_is_none_of_cannot_be_masked(rig: Rig, vector: int) -> None:
+    with pytest.raises(ValueError, match=f"there is no {vector}"):
+        rig.mask(vector)
+    assert rig.observe().masked == set()
+
+
+def test_only_msix_has_a_function_mask(rig: Rig) -> None:
+    with pytest.raises(GuestError, match="no Function Mask but that of MSI-X"):
+        rig.function_mask(True)
+    rig.check()
+
+
+@pytest.mark.parametrize(("wanted", "granted"), [(1, 1), (2, 2), (7, 4), (32, 8)])
+def test_a_driver_may_grant_fewer_messages_than_the_function_asks_for(
+    rig_with: Callable[..., Rig], wanted: int, granted: int
+) -> None:
+    rig = rig_with(Description(msix=None, msi=Msi(8)), msi(wanted))
+    assert isinstance(rig.function, MsiFunction)
+    assert (rig.function.capable, rig.function.size, rig.model.size) == (8, granted, 8)
+    assert [n for n in range(8) if rig.model.can_deliver(n)] == [*rig.vectors]
+    assert rig.endpoint.armed() == (Irq.MSI, frozenset(range(granted)))
+    rig.mask(0)
+    rig.fire(*rig.vectors)
+    rig.check()
+    with pytest.raises(NotArmedError):
+        rig.endpoint.fire(granted)
+
+
+class Edu:
+    """QEMU's own edu device, hw/misc/edu.c, as an endpoint: a write of the guest's raises it."""
+
+    IDENTITY, WITNESS, STATUS, RAISE, LOWER = 0x00, 0x04, 0x24, 0x60, 0x64
+    witness_register = (0, WITNESS)
+    function: PciFunction
+
+    def fire(self, _vector: int = 0) -> None:
+        self.function.write(0, self.RAISE, 1)
+
+    @property
+    def asserted(self) -> bool:
+        return self.function.read(0, self.STATUS) != 0
+
+
+@pytest.fixture
+def edu_rig(a_machine: Callable[..., Machine]) -> Callable[[Kind, int], tuple[Rig, Edu]]:
+    """Makes rigs with an edu device in a slot, which uses INTA# and one message of MSI."""
+
+    def make(kind: Kind, slot: int = SLOT) -> tuple[Rig, Edu]:
+        edu = Edu()
+        rig = Rig(a_machine(f"edu,addr={slot:x}"), slot, edu, Served(), kind)
+        rig.power_on()
+        edu.function = rig.function
+        assert edu.function.read(0, edu.IDENTITY) & 0xFF == 0xED
+        return rig, edu
+
+    return make
+
+
+def test_msi_of_a_device_of_qemus_own_is_delivered(
+    edu_rig: Callable[..., tuple[Rig, Edu]],
+) -> None:
+    rig, edu = edu_rig(msi())
+    assert isinstance(rig.function, MsiFunction)
+    assert (rig.function.capable, rig.function.can_mask) == (1, False)
+    at = find_capability(rig.function.config(), MSI_CAPABILITY)
+    assert at is not None
+    rig.function.write_config(at + 8, 1, 4)  # whatever was there: an address above 4 GiB
+    rig.program(0)
+    rig.enable()
+    rig.fire(0, 0, 0)
+    rig.check()
+    rig.disable()
+    edu.fire()
+    rig.check()
 
 
 # The guest behind it all.

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import pytest
 
 from fixtures.oracle import Mismatch, MsixModel, Observation
+from fixtures.oracle.model import InterruptModel, IntxModel, MsiModel
 from fixtures.oracle.observation import compare, expect_same
 from fixtures.rig import Rig
 
@@ -117,13 +118,30 @@ def test_interrupts_of_nobody_are_named_by_their_idt_vector(model: MsixModel) ->
     )
 
 
-def test_the_masks_are_read_from_the_table() -> None:
-    entries = [bytes(12) + bytes([control, 0, 0, 0]) for control in (1, 0, 3, 2)]
-    seen = Observation(
-        counters=(), log_count=0, config=b"", table=b"".join(entries), pending=frozenset(),
-        witness=0, loops=0,
-    )  # fmt: skip
-    assert seen.masked == {0, 2}
+def test_msi_is_compared_in_all_vectors_that_the_function_has() -> None:
+    model = MsiModel(4, granted=2)
+    model.set_control(enable=True)
+    model.set_mask(True, 1)
+    for vector in (0, 1):
+        model.fire(vector)
+    compare(model, [0], {}, {1}, {1})
+    with pytest.raises(Mismatch) as caught:
+        compare(model, [0, 3], {}, {1, 2}, {1})
+    assert rows(str(caught.value)) == {
+        2: ("delivered 0x", "delivered 0x, pending"),
+        3: ("delivered 0x", "delivered 1x"),
+    }
+
+
+def test_interrupt_disable_is_compared_as_the_mask_of_vector_0() -> None:
+    model = IntxModel()
+    model.fire(0)
+    model.acknowledge()
+    model.set_mask(True, 0)
+    compare(model, [0], {}, frozenset(), {0})
+    with pytest.raises(Mismatch) as caught:
+        compare(model, [0], {}, frozenset(), frozenset())
+    assert rows(str(caught.value)) == {0: ("delivered 1x, masked", "delivered 1x")}
 
 
 # The order, and what no vector of ours names: the rig's own part of the comparison.
@@ -140,28 +158,43 @@ class FakeGuest:
 
 
 class FakeFunction:
+    """A function with pending bits, or without."""
+
+    def __init__(self, *, has_pending_bits: bool) -> None:
+        self._has_pending_bits = has_pending_bits
+
     def idt_vector(self, vector: int) -> int:
         return 0x30 + vector
+
+    def pba_ops(self) -> list[object]:
+        return ["an operation"] if self._has_pending_bits else []
 
 
 @pytest.fixture
 def rig_that_saw() -> Callable[..., Rig]:
     """A rig whose guest has taken these IDT vectors since it began to count."""
 
-    def make(model: MsixModel, *taken: int) -> Rig:
+    def make(model: InterruptModel, *taken: int, pending_bits: Set[int] | None = None) -> Rig:
         class Seen(Rig):
             def __init__(self) -> None:
                 self.model, self.vectors = model, range(model.size)
-                self.guest, self.function = FakeGuest(*taken), FakeFunction()  # type: ignore[assignment]
+                self.guest = FakeGuest(*taken)  # type: ignore[assignment]
+                self.function = FakeFunction(  # type: ignore[assignment]
+                    has_pending_bits=pending_bits is not None
+                )
                 self._counters, self._log_count = (0,) * 256, 0
 
             def observe(self) -> Observation:
-                table = b"".join(
-                    bytes(12) + bytes([n in model.masked, 0, 0, 0]) for n in self.vectors
+                return Observation(
+                    counters=tuple(taken.count(n) for n in range(256)),
+                    log_count=len(taken),
+                    config=b"",
+                    table=b"",
+                    masked=frozenset(model.masked),
+                    pending=frozenset(pending_bits or ()),
+                    witness=0,
+                    loops=0,
                 )
-                counters = tuple(taken.count(n) for n in range(256))
-                pending = frozenset(model.pending)
-                return Observation(counters, len(taken), b"", table, pending, 0, 0)
 
         return Seen()
 
@@ -172,7 +205,28 @@ def test_a_rig_that_saw_what_the_model_says_is_content(
     model: MsixModel, rig_that_saw: Callable[..., Rig]
 ) -> None:
     timer = 0xEF
-    assert rig_that_saw(model, 0x32, 0x30, timer, timer).check().masked == {1, 3}
+    rig = rig_that_saw(model, 0x32, 0x30, timer, timer, pending_bits={1})
+    assert rig.check().masked == {1, 3}
+
+
+def test_pending_bits_that_are_not_to_be_compared_are_not(
+    model: MsixModel, rig_that_saw: Callable[..., Rig]
+) -> None:
+    rig = rig_that_saw(model, 0x32, 0x30, pending_bits=set())
+    with pytest.raises(Mismatch, match="1 of 4 vectors"):
+        rig.check()
+    rig.check(pba=False)
+
+
+def test_a_function_without_pending_bits_need_not_show_what_is_pending(
+    rig_that_saw: Callable[..., Rig],
+) -> None:
+    model = IntxModel()
+    model.set_mask(True, 0)
+    model.fire(0)
+    rig_that_saw(model).check()
+    with pytest.raises(Mismatch, match="1 of 1 vectors"):
+        rig_that_saw(model, 0x30).check()
 
 
 def test_another_order_is_told(model: MsixModel, rig_that_saw: Callable[..., Rig]) -> None:
