@@ -17,13 +17,15 @@ from fixtures.guests import GuestError, MsixFunction, Op, PciFunction, ProbeGues
 from fixtures.guests.pci import (
     MSI_CAPABILITY,
     MSIX_CAPABILITY,
+    InterruptFunction,
+    IntxFunction,
     MsiFunction,
     find_capability,
 )
 from fixtures.guests.probe import LOG_SIZE, OPS_MAX, Verb
 from fixtures.hosts import LocalHost
 from fixtures.machines import Machine
-from fixtures.rig import Kind, Rig, msi
+from fixtures.rig import Kind, Rig, intx, msi
 from fixtures.waiting import DeadlineError, until
 
 Plugged = Any  # tests/suite/conftest.py
@@ -252,7 +254,7 @@ def test_a_vector_that_the_table_does_not_have_is_refused(
         function.set_mask(True, vector)
 
 
-# MSI, by rigs: what is seen is what the model says.
+# MSI and INTx, by a rig for each: what is seen is what the model says.
 
 
 class Served:
@@ -485,6 +487,180 @@ def test_msi_of_a_device_of_qemus_own_is_delivered(
     rig.disable()
     edu.fire()
     rig.check()
+
+
+# INTx.
+
+ACKNOWLEDGE = intx(0, Edu.LOWER, 0xFFFFFFFF)
+
+
+@pytest.fixture
+def intx_rig(edu_rig: Callable[..., tuple[Rig, Edu]]) -> Callable[..., tuple[Rig, Edu]]:
+    """Makes rigs with an edu device whose pin is in use."""
+
+    def make(slot: int = SLOT) -> tuple[Rig, Edu]:
+        rig, edu = edu_rig(ACKNOWLEDGE, slot)
+        rig.program(0)
+        rig.enable()
+        return rig, edu
+
+    return make
+
+
+@pytest.mark.parametrize("slot", [1, 4, 24])
+def test_a_pin_is_delivered_once_per_request_and_released(
+    intx_rig: Callable[..., tuple[Rig, Edu]], slot: int
+) -> None:
+    rig, edu = intx_rig(slot)
+    rig.fire(0, 0, 0)
+    assert not edu.asserted
+    rig.check()
+
+
+@pytest.mark.parametrize("pin", [1, 2, 3, 4])
+def test_each_of_the_four_pins_is_delivered_and_held_back(
+    rig_with: Callable[..., Rig], pin: int
+) -> None:
+    rig = rig_with(Description(msix=None, intx=pin, acknowledge=(0, 8)), intx(0, 8, 1))
+    rig.fire(0, 0, 0)
+    rig.mask(0)
+    rig.fire(0, 0)
+    assert rig.check().masked == {0}
+    rig.unmask(0)
+    rig.await_delivery(0)
+    rig.check()
+
+
+def test_a_pin_may_be_raised_again_when_it_was_taken(
+    intx_rig: Callable[..., tuple[Rig, Edu]],
+) -> None:
+    rig, _ = intx_rig()
+    rig.signal(0)
+    rig.check()
+    rig.signal(0)
+    rig.check()
+    rig.signal(0)
+    rig.begin()
+    rig.fire(0)
+    rig.check()
+
+
+def test_interrupt_disable_holds_the_pin_back_and_its_clearing_delivers_once(
+    intx_rig: Callable[..., tuple[Rig, Edu]],
+) -> None:
+    rig, edu = intx_rig()
+    rig.mask(0)
+    rig.fire(0, 0)
+    assert edu.asserted
+    seen = rig.check()
+    assert (seen.masked, seen.pending) == ({0}, set())
+    rig.unmask(0)
+    rig.await_delivery(0)
+    assert not edu.asserted
+    assert rig.check().masked == set()
+    rig.fire(0)
+    rig.check()
+
+
+def test_intx_is_disabled_by_interrupt_disable(
+    intx_rig: Callable[..., tuple[Rig, Edu]],
+) -> None:
+    rig, _ = intx_rig()
+    rig.disable()
+    rig.fire(0)
+    assert rig.check().masked == {0}
+    rig.enable()
+    rig.await_delivery(0)
+    rig.check()
+
+
+def test_a_pin_that_moves_is_delivered_and_released_where_it_moved_to(
+    intx_rig: Callable[..., tuple[Rig, Edu]],
+) -> None:
+    rig, edu = intx_rig()
+    before = idt_vectors(rig)
+    rig.change_message(0)
+    assert idt_vectors(rig) != before
+    rig.fire(0, 0)
+    assert not edu.asserted
+    rig.check()
+
+
+def test_a_pin_that_is_not_released_goes_on_interrupting(
+    edu_rig: Callable[..., tuple[Rig, Edu]],
+) -> None:
+    """So that it is a level, and the other tests prove that the guest acknowledges it."""
+    rig, edu = edu_rig(intx(0, Edu.WITNESS, 0))
+    rig.program(0)
+    rig.enable()
+    edu.fire()
+    idt = rig.function.idt_vector(0)
+    until(lambda: rig.guest.count(idt) > 10, "the level to come again", 20)
+    rig.machine.close()  # it would keep a CPU busy
+
+
+def test_a_function_without_a_pin_and_a_slot_with_routes_of_its_own_are_told(
+    a_guest: Callable[..., tuple[Machine, ProbeGuest]],
+) -> None:
+    _, guest = a_guest("pci-testdev,addr=5", "edu,addr=19")
+    with pytest.raises(GuestError, match="slot 0x5 uses no interrupt pin"):
+        IntxFunction(guest, 5, (0, 0, 0))
+    with pytest.raises(GuestError, match="slot 0x19 has interrupt routes of its own"):
+        IntxFunction(guest, 0x19, (0, 0, 0))
+
+
+class Recorder:
+    """A guest with a function of one BAR that uses an interrupt pin, and what it was asked for."""
+
+    def __init__(self, pin: int) -> None:
+        self.config = bytearray(256)
+        self.config[0x3D] = pin
+        self.asked: list[Op] = []
+
+    def batch(self, ops: Sequence[Op]) -> list[int]:
+        self.asked += ops
+        return [self._do(op) for op in ops]
+
+    def _do(self, op: Op) -> int:
+        at = op.address & 0xFF
+        if op.verb == Verb.CONFIG_WRITE and at in (0x04, 0x10):
+            value = op.value & 0xFFFFF000 if at == 0x10 else op.value
+            self.config[at : at + op.width] = value.to_bytes(op.width, "little")
+        return int.from_bytes(self.config[at : at + 4], "little")
+
+
+@pytest.mark.parametrize(
+    ("slot", "pin", "wired_to"),
+    [(4, 1, 20), (4, 2, 21), (4, 4, 23), (5, 4, 20), (7, 1, 23), (24, 3, 22)],
+)
+def test_a_pin_is_programmed_at_the_input_that_q35_wires_it_to(
+    slot: int, pin: int, wired_to: int
+) -> None:
+    guest = Recorder(pin)
+    function = IntxFunction(guest, slot, (0, 0x64, 0x80000001))  # type: ignore[arg-type]
+    assert function.bars == {0: 0xE0000000}
+    guest.asked.clear()
+    function.program(0)
+    high, low = 0x11 + 2 * wired_to, 0x10 + 2 * wired_to
+    assert guest.asked == [
+        Op(Verb.ACKNOWLEDGE, 0xE0000064, 0x30_80000001),
+        Op(Verb.WRITE, 0xFEC00000, high),
+        Op(Verb.WRITE, 0xFEC00010, 0),
+        Op(Verb.WRITE, 0xFEC00000, low),
+        Op(Verb.WRITE, 0xFEC00010, 0xA030),  # level, active low, unmasked, fixed, physical
+    ]
+
+
+def test_interrupt_disable_is_written_and_seen_in_command() -> None:
+    guest = Recorder(pin=1)
+    function: InterruptFunction = IntxFunction(guest, SLOT, (0, 0, 0))  # type: ignore[arg-type]
+    for masked in (True, False, True):
+        function.set_mask(masked, 0)
+        assert guest.asked[-1] == Op(Verb.CONFIG_WRITE, 0x2004, 0x406 if masked else 0x6, 2)
+        assert function.masked(bytes(guest.config), b"") == ({0} if masked else set())
+    function.set_control(enable=True)
+    assert function.masked(bytes(guest.config), b"") == set()
+    assert (function.table_ops(), function.pba_ops(), function.pending()) == ([], [], set())
 
 
 # The guest behind it all.
