@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fixtures.subject import PROFILES
+from fixtures.coverage import PROFILES
 
 pytest_plugins = ["fixtures.plugin", "fixtures.evidence.verdict"]
 
@@ -44,8 +44,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--profile",
         choices=PROFILES,
-        default=PROFILES[0],
-        help="smoke: only what needs no lab host; quick: everything (default)",
+        default="main",
+        help="what to cover: "
+        + "; ".join(f"{name}: {what}" for name, what in PROFILES.items())
+        + " (default: main)",
+    )
+    group.addoption(
+        "--point",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE,...",
+        help="only this point of the matrix; may be given several times",
     )
     group.addoption("--cache", type=Path, metavar="DIR", help="where images are kept")
     group.addoption(

@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import pytest
 
-from fixtures.bench import Bench
+from fixtures.bench import LabBench
+from fixtures.coverage import Coverage
+from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
+
+POINTS = Coverage("msix:8", irq=("msix:8", "msix:65", "msi:8", "msi:32"))
 
 #: Masked after the first CPR.  Of these, FIRED fire before the second.
 MASKED = (1, 2, 6)
 FIRED = (2, 6)
 
 
-@pytest.fixture(scope="module", params=(8,), ids=lambda n: f"{n}-vectors")
-def first(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
-    rig = bench.rig(request.param, request.addfinalizer)
+@pytest.fixture(scope="module")
+def first(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> TakenOver:
+    rig = bench.rig(point, request.addfinalizer)
     rig.enable()
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)
@@ -81,6 +85,7 @@ def test_every_vector_fires_exactly_once_and_in_order(taken_over: TakenOver) -> 
 
 
 @pytest.mark.usefixtures("traces")
+@pytest.mark.limits(path=("kvm",))
 def test_unmasked_vectors_bypass_qemu_again(taken_over: TakenOver) -> None:
     rig = taken_over.rig
     rig.unmask(*rig.vectors)
@@ -89,4 +94,4 @@ def test_unmasked_vectors_bypass_qemu_again(taken_over: TakenOver) -> None:
     rig.begin()
     rig.fire(*rig.vectors)
     rig.check()
-    assert rig.machine.trace("vfio_msi_interrupt", mark) == []
+    assert rig.handled_by_qemu(mark) == 0

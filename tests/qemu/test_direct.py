@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import pytest
 
-from fixtures.direct import DirectBench
+from fixtures.direct import DirectBench, described
 from fixtures.endpoints.vfio_user import Irq, VfioUserEndpoint
 from fixtures.rig import Rig
 
 
 @pytest.fixture(scope="module", params=(1, 8, 64), ids=lambda n: f"{n}-vectors")
 def rig(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Rig:
-    rig = direct_bench.rig(request.param, request.addfinalizer)
+    rig = direct_bench.rig(described(request.param), request.addfinalizer)
     rig.enable()
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)

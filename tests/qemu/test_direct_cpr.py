@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fixtures.cpr.transfer import CprError
-from fixtures.direct import DirectBench
+from fixtures.direct import DirectBench, described
 from fixtures.endpoints.vfio_user import Irq, VfioUserEndpoint
 from fixtures.endpoints.vfio_user.witness import ConfigWritten, WasReset
 from fixtures.oracle.observation import Observation, expect_same
@@ -35,7 +35,7 @@ class Attempt:
 
 @pytest.fixture(scope="module", params=(8,), ids=lambda n: f"{n}-vectors")
 def attempt(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Attempt:
-    rig = direct_bench.rig(request.param, request.addfinalizer)
+    rig = direct_bench.rig(described(request.param), request.addfinalizer)
     rig.enable()
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)

@@ -21,8 +21,7 @@ NOTHING = 0xFFFF_FFFF
 @pytest.fixture(params=(8,), ids=lambda n: f"{n}-vectors")
 def rig(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Rig:
     patience = {"x-msg-timeout": PATIENCE_MS}
-    rig = direct_bench.rig_with(described(request.param), request.addfinalizer, **patience)
-    rig.power_on()
+    rig = direct_bench.rig(described(request.param), request.addfinalizer, **patience)
     rig.enable()
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)

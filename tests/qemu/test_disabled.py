@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""MSI-X is disabled, never having been enabled or after use; then new QEMU takes over."""
+"""MSI or MSI-X is disabled, never having been enabled or after use; then new QEMU takes over."""
 
 from __future__ import annotations
 
 import pytest
 
-from fixtures.bench import Bench
+from fixtures.bench import LabBench
+from fixtures.coverage import MESSAGES, Coverage
+from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
+POINTS = Coverage("msix:8", irq=MESSAGES)
 
-@pytest.fixture(scope="module", params=("never-used", "after-use"), ids=lambda p: f"8-{p}")
-def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
-    rig = bench.rig(8, request.addfinalizer)
+
+@pytest.fixture(scope="module", params=("never-used", "after-use"))
+def taken_over(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> TakenOver:
+    rig = bench.rig(point, request.addfinalizer)
     if request.param == "after-use":
         rig.enable()
         rig.program(*rig.vectors)

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import pytest
 
-from fixtures.bench import Bench
+from fixtures.bench import LabBench
+from fixtures.coverage import MSIX, Coverage
+from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
+POINTS = Coverage("msix:64", irq=MSIX)
 
-@pytest.fixture(scope="module", params=(64,), ids=lambda n: f"{n}-vectors")
-def taken_over(request: pytest.FixtureRequest, bench: Bench) -> TakenOver:
-    rig = bench.rig(request.param, request.addfinalizer)
+
+@pytest.fixture(scope="module")
+def taken_over(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> TakenOver:
+    rig = bench.rig(point, request.addfinalizer)
     rig.enable()
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from fixtures.bench import Bench
+from fixtures.bench import LabBench
+from fixtures.coverage import Coverage
+from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
@@ -20,9 +22,6 @@ class Mix:
     """
 
     vectors: int
-
-    def __str__(self) -> str:
-        return f"{self.vectors}-vectors"
 
     @property
     def unmasked(self) -> list[int]:
@@ -50,14 +49,19 @@ class Mix:
         return [n for n in range(first, self.vectors, 4) if n not in self._edges]
 
 
-@pytest.fixture(scope="module", params=(Mix(64),), ids=str)
-def mix(request: pytest.FixtureRequest) -> Mix:
-    return request.param  # type: ignore[no-any-return]
+POINTS = Coverage("msix:64", irq=("msix:33", "msix:64", "msix:65", "msix:150"))
 
 
 @pytest.fixture(scope="module")
-def taken_over(request: pytest.FixtureRequest, bench: Bench, mix: Mix) -> TakenOver:
-    rig = bench.rig(mix.vectors, request.addfinalizer)
+def mix(point: Point) -> Mix:
+    return Mix(point.vectors)
+
+
+@pytest.fixture(scope="module")
+def taken_over(
+    request: pytest.FixtureRequest, bench: LabBench, point: Point, mix: Mix
+) -> TakenOver:
+    rig = bench.rig(point, request.addfinalizer)
     rig.enable()
     used = [*mix.unmasked, *mix.masked, *mix.pending]
     rig.program(*used)

@@ -28,7 +28,19 @@ def can_be(point: Mapping[str, str]) -> bool:
         return False
     if point["endpoint"] == "ivshmem" and (interrupts, point["reset"]) != ("msix", "bus"):
         return False
+    if (point["iommu"], point["container"], point["endpoint"]) == (
+        "amd-iommu",
+        "iommufd",
+        "vfio-user",
+    ):
+        return False
     return not (point["iommu"] == "virtio-iommu" and interrupts == "msi" and vectors != "1")
+
+
+def fails(point: Values) -> bool:
+    """A known issue breaks it."""
+    values = dict(zip(NAMES, point, strict=True))
+    return (values["container"], values["bars"]) == ("iommufd", "mmap")
 
 
 #: Every point that can be, in order.
@@ -202,12 +214,12 @@ def test_what_is_not_named_is_as_usual_wherever_it_can_be() -> None:
         (
             "guest=linux",
             "no axis 'guest': there are "
-            "container, irq, path, accel, iommu, reset, irqchip, apic, endpoint",
+            "container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
         ),
         (
             "msi:3",
             "no axis has the value 'msi:3': the axes are "
-            "container, irq, path, accel, iommu, reset, irqchip, apic, endpoint",
+            "container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
         ),
         ("kvm", "which kvm is meant: path=kvm or accel=kvm?"),
         ("irq=intx,irq=msi:1", "irq is both intx and msi:1"),
@@ -224,6 +236,12 @@ def test_a_text_that_names_no_point_is_refused(text: str, refusal: str) -> None:
 
 def test_any_two_values_that_can_meet_do_meet() -> None:
     assert met(map(values_of, pairs())) == met(ALL)
+    sound = [values_of(point) for point in pairs() if not fails(values_of(point))]
+    assert met(sound) == met(point for point in ALL if not fails(point))
+
+
+def test_what_is_known_to_fail_is_one_point_near_the_usual() -> None:
+    assert [str(p) for p in pairs() if fails(values_of(p))] == ["msix:8+iommufd"]
 
 
 def test_there_are_hardly_more_points_than_the_two_longest_axes_need() -> None:
@@ -247,7 +265,9 @@ def test_so_they_do_within_any_restriction_that_leaves_a_point(
     assert list(points[: len(seeds)]) == seeds
     assert len(set(points)) == len(points)
     assert set(map(values_of, points)) <= set(left)
-    assert met(map(values_of, points)) == met(left)
+    sound = [point for point in left if not fails(point)] or left
+    assert met(sound) <= met(map(values_of, points)) <= met(left)
+    assert any(map(fails, left)) == any(fails(values_of(point)) for point in points)
 
 
 def test_one_value_of_each_axis_leaves_one_point() -> None:
@@ -284,7 +304,7 @@ def test_a_seed_outside_of_the_restriction_is_refused() -> None:
         (
             {"guest": ("linux",)},
             "no axis 'guest': there are "
-            "container, irq, path, accel, iommu, reset, irqchip, apic, endpoint",
+            "container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
         ),
     ],
 )

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The device does DMA, and sees what is done to it; then new QEMU takes over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from fixtures.bench import LabBench
+from fixtures.coverage import Coverage
+from fixtures.endpoints.vfio_user import VfioUserEndpoint
+from fixtures.endpoints.vfio_user.dma import Pattern, PatternWriter
+from fixtures.endpoints.vfio_user.witness import (
+    ConfigWritten,
+    DmaUnmapped,
+    Event,
+    IrqsSet,
+    WasReset,
+)
+from fixtures.guests.probe import Op, Verb
+from fixtures.matrix import Point
+from fixtures.rig import TakenOver
+from fixtures.waiting import until
+
+POINTS = Coverage(endpoint=("vfio-user",), apic=("xapic",), irqchip=("full",))
+
+#: Where in the guest's memory the device writes: clear of the probe's own.
+RING, SLOTS = 0x140000, 512
+RATE_HZ = 2000.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """A takeover under DMA.
+
+    :ivar before: how many numbers the device had written before it.
+    :ivar after: how many when new QEMU ran.
+    :ivar told: what the device was told in between.
+    """
+
+    taken_over: TakenOver
+    endpoint: VfioUserEndpoint
+    writer: PatternWriter
+    before: int
+    after: int
+    told: list[Event]
+
+
+@pytest.fixture(scope="module")
+def written(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Written:
+    rig = bench.rig(point, request.addfinalizer)
+    rig.enable()
+    rig.program(*rig.vectors)
+    rig.unmask(*rig.vectors)
+    rig.fire(*rig.vectors)
+    rig.check()
+    endpoint = rig.endpoint
+    assert isinstance(endpoint, VfioUserEndpoint)
+    writer = endpoint.write_pattern(RING, SLOTS, RATE_HZ)
+    until(lambda: writer.count > SLOTS, "the device to write all of its ring", 10, pause_s=0.01)
+    mark, before = endpoint.witness.mark(), writer.count
+    taken_over = rig.take_over()
+    told = endpoint.witness.since(mark, Event)
+    return Written(taken_over, endpoint, writer, before, writer.count, told)
+
+
+@pytest.fixture
+def taken_over(written: Written) -> TakenOver:
+    return written.taken_over
+
+
+def of(kind: type[Event], written: Written) -> list[Event]:
+    return [event for event in written.told if isinstance(event, kind)]
+
+
+def test_the_device_is_not_reset(written: Written) -> None:
+    assert of(WasReset, written) == []
+
+
+def test_its_configuration_space_is_not_written(written: Written) -> None:
+    assert of(ConfigWritten, written) == []
+
+
+def test_its_interrupts_are_not_set_up_anew(written: Written) -> None:
+    assert of(IrqsSet, written) == []
+
+
+def test_no_memory_is_unmapped(written: Written) -> None:
+    assert of(DmaUnmapped, written) == []
+
+
+def test_dma_goes_on_during_the_takeover_and_after_it(written: Written) -> None:
+    assert written.after > written.before
+    count = written.writer.count
+    until(lambda: written.writer.count > count, "the device to write on", 10, pause_s=0.01)
+    assert written.writer.stalls == 0
+
+
+def test_the_guest_finds_what_the_device_wrote(written: Written) -> None:
+    rig = written.taken_over.rig
+    pattern: Pattern = written.writer.stop()
+    assert rig.guest.memory(RING, SLOTS * 8) == pattern.ring(bytes(SLOTS * 8))
+
+
+def test_the_device_reads_what_the_guest_wrote(written: Written) -> None:
+    rig = written.taken_over.rig
+    place = RING + SLOTS * 8
+    rig.guest.batch([Op(Verb.WRITE, place, 0x600D_DA7A)])
+    assert written.endpoint.dma_read(place, 4) == (0x600D_DA7A).to_bytes(4, "little")
+
+
+def test_every_vector_fires_exactly_once_and_in_order(written: Written) -> None:
+    rig = written.taken_over.rig
+    rig.fire(*rig.vectors)
+    rig.check()
