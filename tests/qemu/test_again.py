@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import Coverage
+from fixtures.coverage import SOUND, Coverage
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
-POINTS = Coverage("msix:8", irq=("msix:8", "msix:65", "msi:8", "msi:32"))
+POINTS = Coverage("msix:8", irq=("msix:8", "msix:65"), **SOUND, reset=("bus",), apic=("xapic",))
 
 #: Masked after the first CPR.  Of these, FIRED fire before the second.
 MASKED = (1, 2, 6)

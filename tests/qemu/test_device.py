@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import Coverage
+from fixtures.coverage import SOUND, Coverage
 from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.endpoints.vfio_user.dma import Pattern, PatternWriter
 from fixtures.endpoints.vfio_user.witness import (
@@ -23,7 +23,14 @@ from fixtures.matrix import Point
 from fixtures.rig import TakenOver
 from fixtures.waiting import until
 
-POINTS = Coverage(endpoint=("vfio-user",), apic=("xapic",), irqchip=("full",))
+POINTS = Coverage(
+    endpoint=("vfio-user",),
+    irq=("msix:8", "msi:8", "intx"),
+    **SOUND,
+    reset=("bus", "flr"),
+    apic=("xapic",),
+    irqchip=("full",),
+)
 
 #: Where in the guest's memory the device writes: clear of the probe's own.
 RING, SLOTS = 0x140000, 512

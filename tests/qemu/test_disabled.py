@@ -6,12 +6,19 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import MESSAGES, Coverage
+from fixtures.coverage import SOUND, Coverage
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
-POINTS = Coverage("msix:8", irq=MESSAGES)
+POINTS = Coverage(
+    "msix:8",
+    irq=("msix:8", "msi:8"),
+    **SOUND,
+    reset=("bus",),
+    apic=("xapic",),
+    iommu=("intel-iommu",),
+)
 
 
 @pytest.fixture(scope="module", params=("never-used", "after-use"))

@@ -6,12 +6,19 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import MSIX, Coverage
+from fixtures.coverage import SOUND, Coverage
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
-POINTS = Coverage("msix:64", irq=MSIX)
+POINTS = Coverage(
+    "msix:64",
+    irq=("msix:1", "msix:32", "msix:64", "msix:65"),
+    **SOUND,
+    reset=("bus",),
+    apic=("xapic",),
+    iommu=("intel-iommu",),
+)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import Coverage
+from fixtures.coverage import SOUND, Coverage
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
@@ -49,7 +49,14 @@ class Mix:
         return [n for n in range(first, self.vectors, 4) if n not in self._edges]
 
 
-POINTS = Coverage("msix:64", irq=("msix:33", "msix:64", "msix:65", "msix:150"))
+POINTS = Coverage(
+    "msix:64",
+    irq=("msix:33", "msix:64", "msix:65"),
+    **SOUND,
+    reset=("bus",),
+    apic=("xapic", "smp"),
+    iommu=("intel-iommu",),
+)
 
 
 @pytest.fixture(scope="module")

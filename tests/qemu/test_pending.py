@@ -8,12 +8,20 @@ from collections import deque
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import MESSAGES, MSI, MSIX, Coverage
+from fixtures.coverage import MSI, MSIX, SOUND, Coverage
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import TakenOver
 
-POINTS = Coverage("msix:1", "msix:8", "msix:64", irq=MESSAGES)
+POINTS = Coverage(
+    "msix:1",
+    "msix:8",
+    "msix:64",
+    irq=("msix:1", "msix:8", "msix:33", "msix:64", "msix:65", "msix:150", "msi:8"),
+    **SOUND,
+    reset=("bus",),
+    apic=("xapic",),
+)
 
 
 def fired(vectors: range) -> dict[int, int]:

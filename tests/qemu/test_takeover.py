@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import pytest
 
 from fixtures.bench import AtEnd, LabBench
-from fixtures.coverage import MSIX, Coverage
+from fixtures.coverage import MOVABLE, MSIX, Coverage
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import WITNESS, TakenOver
 
-POINTS = Coverage("msix:1", "msix:8", "msix:64")
+POINTS = Coverage("msix:1", "msix:8", "msix:64", apart=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,7 @@ def test_masking_holds_a_vector_back_and_unmasking_delivers_it_after_cpr(
     rig.check(in_order=False)
 
 
+@pytest.mark.limits(irq=MOVABLE)
 def test_a_message_changed_while_masked_is_the_one_delivered_after_cpr(
     taken_over: TakenOver,
 ) -> None:
