@@ -78,7 +78,8 @@ def test_the_packaged_qemu_can_all_that_is_needed(packaged: Sysroot) -> None:
     assert "Debian" in found.version
     assert found.sha256 == "1" * 64
     assert {"normal", "cpr-reboot", "cpr-transfer"} <= set(found.modes)
-    assert (found.vfio_pci, found.vfio_cpr, found.vfio_user, found.log_trace) == (True,) * 4
+    assert (found.vfio_pci, found.vfio_cpr, found.iommufd) == (True,) * 3
+    assert (found.vfio_user, found.log_trace) == (True,) * 2
     found.require_cpr_transfer()
 
 
@@ -93,6 +94,7 @@ def test_a_qemu_that_can_all_is_recognised() -> None:
         modes=("normal", "cpr-reboot", "cpr-transfer"),
         vfio_pci=True,
         vfio_cpr=True,
+        iommufd=False,
         vfio_user=False,
         log_trace=True,
     )
@@ -101,6 +103,10 @@ def test_a_qemu_that_can_all_is_recognised() -> None:
 
 def test_a_qemu_with_vfio_user_is_recognised() -> None:
     assert interview(types=("vfio-pci", "vfio-user-pci")).vfio_user
+
+
+def test_a_qemu_with_iommufd_is_recognised() -> None:
+    assert interview(types=("vfio-pci", "iommufd")).iommufd
 
 
 LACKS = {

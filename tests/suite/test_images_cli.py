@@ -201,7 +201,7 @@ def test_stopped_in_the_middle(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(path))
     begun = tmp_path / "begun"
-    (path / "gcc").write_text(f"#!/bin/sh\ntouch {begun}; exec /bin/sleep 60\n")
+    (path / "gcc").write_text(f"#!/bin/sh\ntrue > {begun}; exec /bin/sleep 60\n")
     (path / "gcc").chmod(0o755)
     process = subprocess.Popen(
         command("build", "probe"),

@@ -17,7 +17,7 @@ from typing import Any
 import asyncssh
 import pytest
 
-from fixtures.bench import VECTORS, LabBench
+from fixtures.bench import POINTS, LabBench, equipment
 from fixtures.endpoints import IvshmemDoorbell
 from fixtures.guests.pci import MSIX_CAPABILITY
 from fixtures.hosts import (
@@ -30,6 +30,7 @@ from fixtures.hosts import (
     SshHost,
     nested,
 )
+from fixtures.matrix import Point
 from fixtures.subject import Subject
 from fixtures.waiting import until
 from images.errors import EnvironmentFault
@@ -52,17 +53,17 @@ def test_it_has_what_a_verdict_needs(lab: LabHost) -> None:
 
 @pytest.fixture
 def device(lab: LabHost) -> PciDevice:
-    return lab.device("msix8")
+    return lab.device("ivshmem-msix8-bus")
 
 
-@pytest.mark.parametrize("vectors", VECTORS)
-def test_each_endpoint_is_found_by_its_name(lab: LabHost, vectors: int) -> None:
-    config = lab.device(f"msix{vectors}").config()
+@pytest.mark.parametrize("point", POINTS, ids=str)
+def test_each_endpoint_is_found_by_its_name(lab: LabHost, point: Point) -> None:
+    config = lab.device(equipment(point)).config()
     assert struct.unpack_from("<HH", config) == IvshmemDoorbell.PCI_ID
     at = config[0x34]
     while config[at] != MSIX_CAPABILITY:
         at = config[at + 1]
-    assert (struct.unpack_from("<H", config, at + 2)[0] & 0x7FF) + 1 == vectors
+    assert (struct.unpack_from("<H", config, at + 2)[0] & 0x7FF) + 1 == point.vectors
 
 
 def driver_of(device: PciDevice) -> str:
@@ -126,7 +127,7 @@ def test_interrupts_are_read_from_the_kernels_table(device: PciDevice) -> None:
 def test_the_hardware_tells_what_is_written_to_a_device(lab: LabHost, device: PciDevice) -> None:
     _, mark = lab.config_writes(device.address)
     assert lab.config_writes(device.address, mark)[0] == []
-    other = lab.device("msix64")
+    other = lab.device("ivshmem-msix64-bus")
     for target, value in ((device, r"\053"), (other, r"\054")):
         lab.run(f"printf '{value}' | dd of={target.sysfs}/config bs=1 seek=60 conv=notrunc")
     written, _ = lab.config_writes(device.address, mark)
@@ -224,6 +225,28 @@ def test_a_lab_host_that_hangs_is_lost_at_the_deadline(lab: LabHost) -> None:
     assert lab.run("echo well").out == "well\n"
 
 
+# Its IOMMU
+
+
+@pytest.mark.parametrize(
+    ("iommu", "remaps"), [("intel-iommu", "yes"), ("amd-iommu", "yes"), ("virtio-iommu", "no")]
+)
+def test_each_iommu_isolates_a_served_device_and_says_whether_it_remaps(
+    subject: Subject, iommu: str, remaps: str
+) -> None:
+    points = [Point.parse(f"msix:8,vfio-user,{iommu}")]
+    bench = LabBench(subject, points)
+    try:
+        lab = bench.lab_with(iommu)
+        assert lab.facts()["interrupt remapping"] == remaps
+        device = lab.device(equipment(points[0]))
+        device.bind()
+        assert device.iommu_group.isdigit()
+        assert lab.run(f"ls {device.sysfs}/iommu_group/devices").out.split() == [device.address]
+    finally:
+        bench.close()
+
+
 # A lab host that does not come up
 
 
@@ -302,4 +325,6 @@ def test_a_lab_host_that_dies_is_lost_and_the_bench_gives_another(
     assert other.run("echo well").out == "well\n"
     assert lab_bench.lab is other, "it is kept while it is well"
     after = {path.name for path in Path("/proc/self/fd").iterdir()}
-    assert len(after - before) < max(VECTORS), "the first one's eventfds are given back"
+    assert len(after - before) < max(point.vectors for point in POINTS), (
+        "the first one's eventfds are given back"
+    )

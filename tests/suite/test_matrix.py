@@ -28,6 +28,8 @@ def can_be(point: Mapping[str, str]) -> bool:
         return False
     if point["endpoint"] == "ivshmem" and (interrupts, point["reset"]) != ("msix", "bus"):
         return False
+    if (point["irq"], point["path"], point["bars"]) == ("intx", "qemu", "mmap"):
+        return False
     if (point["iommu"], point["container"], point["endpoint"]) == (
         "amd-iommu",
         "iommufd",
@@ -40,7 +42,12 @@ def can_be(point: Mapping[str, str]) -> bool:
 def fails(point: Values) -> bool:
     """A known issue breaks it."""
     values = dict(zip(NAMES, point, strict=True))
-    return (values["container"], values["bars"]) == ("iommufd", "mmap")
+    return (
+        (values["container"], values["bars"]) == ("iommufd", "mmap")
+        or values["accel"] == "tcg"
+        or (values["path"] == "qemu" and values["irq"] != "intx")
+        or values["reset"] == "pm"
+    )
 
 
 #: Every point that can be, in order.
@@ -164,7 +171,7 @@ def test_a_name_tells_the_interrupts_and_what_is_unusual(point: Point, name: str
         ("container=iommufd,irq=msi:32,path=qemu", "msi:32+iommufd+qemu+vfio-user"),
         ("accel=tcg", "msix:8+qemu+tcg"),
         ("reset=flr", "msix:8+flr+vfio-user"),
-        ("intx,tcg", "intx+qemu+tcg+vfio-user"),
+        ("intx,tcg", "intx+qemu+tcg+trap+vfio-user"),
         ("smp+iommu=amd-iommu", "msix:8+amd-iommu+smp"),
         ("irq=intx,intx", "intx+vfio-user"),
     ],
@@ -235,13 +242,18 @@ def test_a_text_that_names_no_point_is_refused(text: str, refusal: str) -> None:
 
 
 def test_any_two_values_that_can_meet_do_meet() -> None:
-    assert met(map(values_of, pairs())) == met(ALL)
     sound = [values_of(point) for point in pairs() if not fails(values_of(point))]
     assert met(sound) == met(point for point in ALL if not fails(point))
 
 
-def test_what_is_known_to_fail_is_one_point_near_the_usual() -> None:
-    assert [str(p) for p in pairs() if fails(values_of(p))] == ["msix:8+iommufd"]
+def test_what_is_known_to_fail_is_one_point_each_near_the_usual() -> None:
+    assert [str(point) for point in pairs() if fails(values_of(point))] == [
+        "msix:8+iommufd",
+        "msix:8+qemu+tcg",
+        "msix:8+qemu",
+        "msix:8+pm+vfio-user",
+    ]
+    assert all(point.is_apart == fails(values_of(point)) for point in product())
 
 
 def test_there_are_hardly_more_points_than_the_two_longest_axes_need() -> None:
@@ -265,7 +277,7 @@ def test_so_they_do_within_any_restriction_that_leaves_a_point(
     assert list(points[: len(seeds)]) == seeds
     assert len(set(points)) == len(points)
     assert set(map(values_of, points)) <= set(left)
-    sound = [point for point in left if not fails(point)] or left
+    sound = [point for point in left if not fails(point)]
     assert met(sound) <= met(map(values_of, points)) <= met(left)
     assert any(map(fails, left)) == any(fails(values_of(point)) for point in points)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Set
 
 import pytest
 
+from fixtures.guests.pci import Target
+from fixtures.guests.probe import Delivery
 from fixtures.oracle import Mismatch, MsixModel, Observation
 from fixtures.oracle.model import InterruptModel, IntxModel, MsiModel
 from fixtures.oracle.observation import compare, expect_same
@@ -150,11 +152,11 @@ def test_interrupt_disable_is_compared_as_the_mask_of_vector_0() -> None:
 class FakeGuest:
     """A guest that has taken these IDT vectors, in this order."""
 
-    def __init__(self, *taken: int) -> None:
-        self._taken = taken
+    def __init__(self, *taken: int, cpu: int = 0) -> None:
+        self._taken = [Delivery(vector, tsc=0, cpu=cpu) for vector in taken]
 
-    def log(self, _since: int, _count: int) -> list[object]:
-        return [type("Delivery", (), {"vector": vector}) for vector in self._taken]
+    def log(self, _since: int, _count: int) -> list[Delivery]:
+        return self._taken
 
 
 class FakeFunction:
@@ -166,6 +168,9 @@ class FakeFunction:
     def idt_vector(self, vector: int) -> int:
         return 0x30 + vector
 
+    def target(self, _vector: int) -> Target:
+        return Target(0)
+
     def pba_ops(self) -> list[object]:
         return ["an operation"] if self._has_pending_bits else []
 
@@ -174,11 +179,14 @@ class FakeFunction:
 def rig_that_saw() -> Callable[..., Rig]:
     """A rig whose guest has taken these IDT vectors since it began to count."""
 
-    def make(model: InterruptModel, *taken: int, pending_bits: Set[int] | None = None) -> Rig:
+    def make(
+        model: InterruptModel, *taken: int, pending_bits: Set[int] | None = None, cpu: int = 0
+    ) -> Rig:
         class Seen(Rig):
             def __init__(self) -> None:
                 self.model, self.vectors = model, range(model.size)
-                self.guest = FakeGuest(*taken)  # type: ignore[assignment]
+                self._pba = True
+                self.guest = FakeGuest(*taken, cpu=cpu)  # type: ignore[assignment]
                 self.function = FakeFunction(  # type: ignore[assignment]
                     has_pending_bits=pending_bits is not None
                 )
@@ -207,6 +215,14 @@ def test_a_rig_that_saw_what_the_model_says_is_content(
     timer = 0xEF
     rig = rig_that_saw(model, 0x32, 0x30, timer, timer, pending_bits={1})
     assert rig.check().masked == {1, 3}
+
+
+def test_a_vector_that_another_cpu_took_is_told(
+    model: MsixModel, rig_that_saw: Callable[..., Rig]
+) -> None:
+    rig = rig_that_saw(model, 0x32, 0x30, pending_bits={1}, cpu=1)
+    with pytest.raises(Mismatch, match=r"CPUs that they were not sent to: \{2: 1, 0: 1\}"):
+        rig.check()
 
 
 def test_pending_bits_that_are_not_to_be_compared_are_not(

@@ -216,7 +216,7 @@ from fixtures.subject import Subject
 
 @pytest.fixture(scope="session")
 def bench(pytestconfig):
-    capabilities = Capabilities("11.1.3", "0" * 64, ("cpr-transfer",), True, True, True, True)
+    capabilities = Capabilities("11.1.3", "0" * 64, ("cpr-transfer",), True, True, True, True, True)
     bench = LabBench(Subject("a QEMU", capabilities, None, None, None))
     pytestconfig.stash[plugin._BENCHES]["bench"] = bench
     return bench
