@@ -13,6 +13,7 @@ from fixtures.endpoints.vfio_user import Irq, VfioUserEndpoint
 from fixtures.endpoints.vfio_user.witness import ConfigWritten, WasReset
 from fixtures.oracle.observation import Observation, expect_same
 from fixtures.rig import Rig
+from fixtures.waiting import until
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ def attempt(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Attemp
     rig.unmask(*rig.vectors)
     rig.fire(*rig.vectors)
     before = rig.check()
-    assert isinstance(rig.endpoint, VfioUserEndpoint)
-    mark, refused = rig.endpoint.witness.mark(), None
+    endpoint = rig.endpoint
+    assert isinstance(endpoint, VfioUserEndpoint)
+    mark, refused = endpoint.witness.mark(), None
     try:
         rig.take_over()
     except CprError as error:
         refused = error
-    return Attempt(rig, rig.endpoint, mark, before, rig.observe(), refused)
+    # Until the server has seen old QEMU go, it knows of the vectors that were old QEMU's.
+    until(lambda: len(endpoint.clients) == 1, "the other QEMU to be gone", 10, pause_s=0.005)
+    return Attempt(rig, endpoint, mark, before, rig.observe(), refused)
 
 
 def test_cpr_is_refused_before_the_guest_stops_or_the_device_is_carried_over(
