@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.matrix import listing
 from fixtures.verify import main
 from images.cache import Cache
 
@@ -46,6 +47,8 @@ BAD = {
     "an unknown option": (["--no-such-option"], "--no-such-option"),
     "a shortened option": (["--qemu-s", "sid"], "--qemu-s"),
     "not a number of workers": (["-n", "many"], "-n"),
+    "no such point": (["--point", "msix:3"], "--point msix:3: no axis has the value 'msix:3'"),
+    "a point that cannot be": (["--point", "ivshmem,intx"], "has MSI-X alone (see --list-axes)"),
     "no place for the verdict": (["--verdict-json", "/proc/x/y.json"], "/proc/x/y.json"),
     "a directory for the verdict": (["--verdict-json", "/tmp"], "--verdict-json /tmp: Is a"),
 }
@@ -107,6 +110,12 @@ def test_a_bad_qemu_ends_the_command_with_its_exit_code(cache: Cache) -> None:
     done = verify(cache, "--qemu", "/no/such/qemu")
     assert (done.returncode, done.stdout) == (BAD_INPUT, "")
     assert done.stderr == "ci/verify: --qemu /no/such/qemu: no such file\n"
+
+
+def test_the_axes_are_listed_and_nothing_is_done(cache: Cache) -> None:
+    done = verify(cache, "--list-axes", "--qemu", "/no/such/qemu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == listing() + "\n"
 
 
 def test_a_choice_that_matches_no_test_is_not_good(cache: Cache, tmp_path: Path) -> None:
