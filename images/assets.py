@@ -259,6 +259,7 @@ class DebianKernel(FromPackages, Kernel):
     #: Loaded by the initrd, in this order.  Everything else is built in or not needed.
     modules = (
         "virtio_pci",
+        "virtio_iommu",  # before the devices that it isolates get drivers
         "virtio_blk",
         "erofs",
         "virtio_net",

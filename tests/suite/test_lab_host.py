@@ -286,6 +286,25 @@ def test_a_lab_host_that_does_not_come_up_in_time_shows_its_console(
     assert left_of(local, hosts_made[0].token) == ""
 
 
+def test_a_lab_host_that_does_not_come_up_is_booted_once_more_and_that_is_told(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boots: list[str] = []
+
+    def fail(_self: LabHost, *_: object, iommu: str) -> None:
+        boots.append(iommu)
+        raise EnvironmentFault("the lab host did not come up: the timer is late")
+
+    monkeypatch.setattr(LabHost, "__init__", fail)
+    bench = LabBench(subject)
+    with pytest.raises(EnvironmentFault, match="the timer is late"):
+        bench.lab_with("amd-iommu")
+    assert boots == ["amd-iommu"] * 2
+    assert bench.incidents == [
+        "a lab host was booted once more: the lab host did not come up: the timer is late"
+    ]
+
+
 # Last, as it costs a boot.
 
 
