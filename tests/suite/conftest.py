@@ -116,7 +116,7 @@ def a_machine(
 
     def make(*devices: str) -> Machine:
         ram = local.memory / f"{secrets.token_hex(4)}.ram"
-        spec = MachineSpec(packaged, rom, ram, devices=devices, accel="tcg", cpu="max")
+        spec = MachineSpec(packaged, rom, ram, devices=devices, accel="tcg", cpu="max", ram_mb=8)
         machines.append(Machine(local, spec, "old QEMU"))
         return machines[-1]
 

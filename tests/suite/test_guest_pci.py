@@ -263,6 +263,9 @@ class Served:
     def interrupts(self) -> dict[int, int]:
         return {}
 
+    def settle(self) -> None:
+        pass
+
     def config_writes(self, _offset: int = 0) -> tuple[list[str], int]:
         return [], 0
 
@@ -643,6 +646,7 @@ def test_a_pin_is_programmed_at_the_input_that_q35_wires_it_to(
     function.program(0)
     high, low = 0x11 + 2 * wired_to, 0x10 + 2 * wired_to
     assert guest.asked == [
+        Op(Verb.CONFIG_WRITE, 0xF868, 0x80808080),  # PIRQ E to H: not to the PIC
         Op(Verb.ACKNOWLEDGE, 0xE0000064, 0x30_80000001),
         Op(Verb.WRITE, 0xFEC00000, high),
         Op(Verb.WRITE, 0xFEC00010, 0),
@@ -667,7 +671,7 @@ def test_interrupt_disable_is_written_and_seen_in_command() -> None:
 
 
 def test_a_batch_may_be_longer_than_the_mailbox(there: Plugged) -> None:
-    scratch = 0x200000
+    scratch = 0x140000
     count = 2 * OPS_MAX + 1
     there.guest.batch([Op(Verb.WRITE, scratch + 4 * n, n) for n in range(count)])
     assert there.guest.batch([Op(Verb.READ, scratch + 4 * n) for n in range(count)]) == list(
