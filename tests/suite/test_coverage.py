@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+
 import pytest
 
 from fixtures.bench import equipment
@@ -10,6 +16,7 @@ from fixtures.coverage import MESSAGES, MOVABLE, MSI, MSIX, Coverage
 from fixtures.matrix import Point
 from images.errors import BadInputError
 
+ROOT = Path(__file__).parents[2]
 COVERAGE = Coverage("msix:1", "msix:64", irq=("msix:1", "msix:64"), apic=("xapic",))
 
 
@@ -68,3 +75,34 @@ def test_points_that_differ_in_the_device_need_different_equipment() -> None:
     ]
     assert len({equipment(point) for point in points}) == len(points)
     assert equipment(Point()) == equipment(Point.parse("iommufd+smp+trap"))
+
+
+def test_what_shares_a_takeover_is_tried_together_and_what_shares_a_lab_host_too() -> None:
+    """Else a takeover is set up once more for each of its tests that stands alone."""
+    argv = [sys.executable, "-m", "pytest", "tests/qemu", "--profile", "quick"]
+    listing = subprocess.run(
+        [*argv, "--collect-only", "-q", "-p", "no:cacheprovider"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    ).stdout
+    ids = re.findall(r"^tests/qemu/(\w+)\.py::(\w+)\[(.*)\]$", listing, re.M)
+    takeovers = [(module, point) for module, _, point in ids if module == "test_takeover"]
+    assert len(set(takeovers)) > 30
+    assert len(list(groupby(takeovers))) == len(set(takeovers))
+    iommus = [Point.parse(point).iommu for _, point in takeovers]
+    assert [iommu for iommu, _ in groupby(iommus)] == ["intel-iommu", "amd-iommu", "virtio-iommu"]
+    # In the order of the module: what comes last disturbs what comes before it.
+    ends = [
+        (names[0], names[-1])
+        for _, tests in groupby(ids, key=lambda each: each[::2])
+        if (names := [name for _, name, _ in tests]) and len(names) > 10
+    ]
+    assert len(ends) >= len(set(takeovers))
+    assert set(ends) == {
+        (
+            "test_each_vector_was_delivered_exactly_once_before_cpr",
+            "test_they_can_be_disabled_and_enabled_again_after_cpr",
+        )
+    }
