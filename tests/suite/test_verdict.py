@@ -347,6 +347,21 @@ def test_a_failure_is_told_even_if_its_evidence_cannot_be_kept(tmp_path: Path) -
     assert "could not be kept: " in done.output
 
 
+def test_a_takeover_that_fails_leaves_its_evidence_once(tmp_path: Path) -> None:
+    """All its tests name it; collecting it takes the time of many tests."""
+    takeover = """
+@pytest.fixture(scope="module")
+def taken_over(bench):
+    raise AssertionError("the takeover failed")
+"""
+    tests = [f"def test_{name}(bench, taken_over): pass" for name in ("one", "two", "three")]
+    done = run(tmp_path, [takeover, *tests, "test_fails"])
+    assert done.exit == FAILED, done.output
+    cases = json.loads((tmp_path / "verdict.json").read_text())["cases"]
+    assert len({case["notes"]["evidence"] for case in cases[:3]}) == 1
+    assert len(list((tmp_path / "evidence").iterdir())) == 2  # that, and of test_fails
+
+
 def test_a_run_in_parallel_that_stops_at_the_first_failure_is_failed(tmp_path: Path) -> None:
     done = run(tmp_path, ["test_fails"], *IN_PARALLEL, "-x")
     assert (done.exit, done.results) == (FAILED, {"fails": "FAIL"}), done.output
