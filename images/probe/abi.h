@@ -4,8 +4,9 @@
  *
  * The guest's RAM is a file which the harness also has open.  At guest
  * physical PROBE_MAILBOX lies a struct probe_mailbox, little endian, every
- * field naturally aligned.  The guest clears all of it when it starts, so the
- * harness may write nothing before it has seen PROBE_READY.
+ * field naturally aligned.  The guest clears it when it starts, all but what
+ * log_count and cpus do not cover, so the harness may write nothing before it
+ * has seen PROBE_READY.
  *
  * The first CPU, the one with APIC ID 0, carries out what the harness asks for.
  * The others, if there are any, only take interrupts, and are all up when
@@ -29,7 +30,7 @@
  * be in pieces too.  Fields that change by themselves are best read natively
  * through a mapping.
  *
- * counters[] and the log may be overwritten by the harness only while nothing
+ * counters[], taken[] and the log may be overwritten by the harness only while nothing
  * can interrupt the guest but its timer (and then not counters[PROBE_TIMER]).
  */
 #ifndef PROBE_ABI_H
@@ -40,12 +41,12 @@
 
 #define PROBE_MAILBOX   0x100000
 #define PROBE_MAGIC     0x52504356      /* the bytes "VCPR" */
-#define PROBE_VERSION   2
+#define PROBE_VERSION   3
 
 #define PROBE_VECTORS   256
 #define PROBE_OPS       384
-#define PROBE_LOG       1024
-#define PROBE_CPUS      8
+#define PROBE_LOG       4096
+#define PROBE_CPUS      32
 
 /* The first CPU's timer, and its call to the others: counted, but never logged. */
 #define PROBE_TIMER     0xef
@@ -128,10 +129,11 @@ struct probe_mailbox {
     uint32_t log_count;         /* 0x040: entries ever written */
     uint32_t cpus;              /* 0x044: that are up */
     uint32_t reserved_048[238];
-    uint32_t counters[PROBE_VECTORS];           /* 0x0400: taken, per IDT vector */
+    uint32_t counters[PROBE_VECTORS];           /* 0x0400: taken by all CPUs, per IDT vector */
     uint32_t reserved_800[512];
     struct probe_op ops[PROBE_OPS];             /* 0x1000 */
     struct probe_delivery log[PROBE_LOG];       /* 0x4000: entry n is in n % PROBE_LOG */
+    uint32_t taken[PROBE_CPUS][PROBE_VECTORS];  /* 0x14000: by each CPU, per IDT vector */
 };
 
 _Static_assert(offsetof(struct probe_mailbox, loops) == 0x020, "loops");
@@ -142,6 +144,7 @@ _Static_assert(sizeof(struct probe_delivery) == 16, "delivery");
 _Static_assert(offsetof(struct probe_mailbox, counters) == 0x400, "counters");
 _Static_assert(offsetof(struct probe_mailbox, ops) == 0x1000, "ops");
 _Static_assert(offsetof(struct probe_mailbox, log) == 0x4000, "log");
-_Static_assert(sizeof(struct probe_mailbox) == 0x8000, "mailbox");
+_Static_assert(offsetof(struct probe_mailbox, taken) == 0x14000, "taken");
+_Static_assert(sizeof(struct probe_mailbox) == 0x1c000, "mailbox");
 
 #endif

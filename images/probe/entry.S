@@ -10,7 +10,7 @@
     .set DATA, 16
     .set CR0_PE_ET, 0x11        /* and, unlike at reset, caches on */
     .set LAPIC_ID, 0xfee00020   /* bits 31 to 24 of this register */
-    .set CPUS, 8                /* PROBE_CPUS */
+    .set CPUS, 32               /* PROBE_CPUS */
     .set STACK_SIZE_LOG2, 12
 
     .section .boot, "ax"

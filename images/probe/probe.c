@@ -290,6 +290,7 @@ void interrupt(const struct frame *frame)
         store(acknowledgements[vector].address, 4, acknowledgements[vector].data);
     }
     mailbox->counters[vector]++;
+    mailbox->taken[id][vector]++;
     if (vector != PROBE_TIMER) {
         log_delivery(vector, id);
         active = true;
@@ -468,11 +469,11 @@ static bool serve(void)
     return true;
 }
 
-static void mailbox_clear(void)
+static void clear(volatile void *start, size_t size)
 {
-    volatile uint32_t *word = (volatile uint32_t *)mailbox;
+    volatile uint32_t *word = start;
 
-    for (size_t i = 0; i < sizeof(*mailbox) / sizeof(*word); i++) {
+    for (size_t i = 0; i < size / sizeof(*word); i++) {
         word[i] = 0;
     }
 }
@@ -493,6 +494,7 @@ static void cpu_setup(struct cpu *cpu)
 {
     struct table_register idtr = { sizeof(idt) - 1, (uint32_t)idt };
 
+    clear(mailbox->taken[cpu - cpus], sizeof(mailbox->taken[0]));
     asm volatile("lidt %0" : : "m"(idtr) : "memory");
     lapic_write(cpu, LAPIC_SVR, LAPIC_SVR_ENABLE | PROBE_SPURIOUS);
     __sync_fetch_and_add(&mailbox->cpus, 1);
@@ -578,7 +580,7 @@ void ap_main(uint32_t id)
 
 void probe_main(void)
 {
-    mailbox_clear();
+    clear(mailbox, offsetof(struct probe_mailbox, log));
     mailbox->version = PROBE_VERSION;
     mailbox->magic = PROBE_MAGIC;
     port_out(PIC_MASTER_MASK, 1, 0xff);

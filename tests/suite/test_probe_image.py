@@ -28,7 +28,7 @@ STARTING, READY, FAULTED = range(3)
 CFG_READ, CFG_WRITE, MMIO_READ, MMIO_WRITE = 1, 2, 3, 4
 PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
 X2APIC, LOGICAL, ACKNOWLEDGE = 11, 12, 13
-OPS, LOG, TIMER, SPURIOUS = 384, 1024, 0xEF, 0xFF
+OPS, LOG, CPUS, TIMER, SPURIOUS = 384, 4096, 32, 0xEF, 0xFF
 
 SCRATCH = 0x200000
 ICR_LOW, ICR_HIGH = 0xFEE00300, 0xFEE00310
@@ -85,8 +85,9 @@ class Probe:
     def cpus(self) -> int:
         return self.u32(0x044)
 
-    def counter(self, vector: int) -> int:
-        return self.u32(0x400 + 4 * vector)
+    def counter(self, vector: int, cpu: int | None = None) -> int:
+        """Of one CPU, or of all."""
+        return self.u32((0x400 if cpu is None else 0x14000 + 0x400 * cpu) + 4 * vector)
 
     def delivery(self, number: int) -> Delivery:
         offset = MAILBOX + 0x4000 + 16 * (number % LOG)
@@ -279,7 +280,7 @@ def test_a_failed_build_names_the_command(tmp_path: Path) -> None:
 def test_the_guest_introduces_itself(probe: Probe) -> None:
     assert probe.state == READY
     assert probe.ram[MAILBOX : MAILBOX + 4] == b"VCPR"
-    assert probe.u32(0x004) == 2
+    assert probe.u32(0x004) == 3
     assert probe.cpus == 1
 
 
@@ -400,10 +401,12 @@ def test_every_vector_is_taken_once_and_told_apart(probe: Probe) -> None:
 
 def test_the_log_wraps_and_its_count_does_not(probe: Probe) -> None:
     first = probe.log_count
-    for _ in range(4):
-        probe.interrupt_self(*[0x51] * 300)
-    assert probe.log_count == first + 1200
-    numbers = range(first + 1200 - LOG, first + 1200)
+    batch, rounds = [0x51] * 300, LOG // 300 + 1
+    for _ in range(rounds):
+        probe.interrupt_self(*batch)
+    count = rounds * len(batch)
+    assert probe.log_count == first + count
+    numbers = range(first + count - LOG, first + count)
     assert [probe.delivery(number)[1:] for number in numbers] == [(0x51, 0, n) for n in numbers]
 
 
@@ -444,7 +447,7 @@ def test_a_vector_is_acknowledged_when_taken_until_that_is_ended(probe: Probe) -
     assert after(0x55) == 0
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", [2, CPUS])
 def test_all_cpus_are_up_when_the_guest_is_ready(
     hardware_qemu: list[str], rom: Path, tmp_path: Path, count: int
 ) -> None:
@@ -460,6 +463,14 @@ def test_each_delivery_names_the_cpu_that_took_it(two_cpus: Probe) -> None:
     for number, cpu in enumerate([1, 0, 1, 1, 0]):
         two_cpus.interrupt(cpu, 0x58)
         assert two_cpus.taken(first + number, 1) == [(0x58, cpu)]
+
+
+def test_interrupts_are_counted_for_each_cpu_and_for_all(two_cpus: Probe) -> None:
+    first = two_cpus.log_count
+    for cpu in (1, 0, 1):
+        two_cpus.interrupt(cpu, 0x5E)
+    two_cpus.taken(first, 3)
+    assert [two_cpus.counter(0x5E, cpu) for cpu in (None, 0, 1)] == [3, 1, 2]
 
 
 def test_cpus_that_are_interrupted_at_once_lose_nothing(two_cpus: Probe) -> None:
@@ -632,7 +643,8 @@ def test_the_guest_starts_anew_after_a_reset(doomed_probe: Probe) -> None:
     doomed_probe.run((INTERRUPTS, 0, 0, 0))
     doomed_probe.post((PORT_OUT, 1, 0xCF9, 6))
     doomed_probe.wait(lambda: doomed_probe.u32(0x030) == 0 and doomed_probe.state == READY)
-    assert (doomed_probe.counter(0x53), doomed_probe.log_count) == (0, 0)
+    assert (doomed_probe.counter(0x53), doomed_probe.counter(0x53, 0)) == (0, 0)
+    assert doomed_probe.log_count == 0
     doomed_probe.interrupt_self(0x54)
     assert doomed_probe.delivery(0)[1:] == (0x54, 0, 0)
 
