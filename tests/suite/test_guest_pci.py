@@ -20,9 +20,10 @@ from fixtures.guests.pci import (
     InterruptFunction,
     IntxFunction,
     MsiFunction,
+    Target,
     find_capability,
 )
-from fixtures.guests.probe import LOG_SIZE, OPS_MAX, Verb
+from fixtures.guests.probe import LOG_SIZE, OPS_MAX, TIMER_VECTOR, Verb
 from fixtures.hosts import LocalHost
 from fixtures.machines import Machine
 from fixtures.rig import Kind, Rig, intx, msi
@@ -244,6 +245,30 @@ def test_a_vector_that_moves_is_delivered_where_it_moved_to(
     there.endpoint.fire(5)
     until(lambda: there.guest.count(new) > before[new], "the vector", 20)
     assert there.guest.count(old) == before[old]
+
+
+@pytest.mark.parametrize(("size", "cpus"), [(1, 1), (95, 1), (150, 2), (191, 2), (2048, 22)])
+def test_each_vector_has_two_places_of_its_own(size: int, cpus: int) -> None:
+    function = MsixFunction.__new__(MsixFunction)
+    function.size, function._moved = size, set()
+    function.targets = tuple(Target(cpu) for cpu in range(cpus))
+    everything = range(size)
+    first = {function.place(n) for n in everything}
+    function.move(*everything)
+    second = {function.place(n) for n in everything}
+    assert len(first | second) == 2 * size
+    assert {place.cpu for place in first | second} == set(range(min(cpus, 2 * size)))
+    assert {place.idt_vector for place in first | second} <= set(range(0x30, TIMER_VECTOR))
+
+
+def test_more_vectors_than_there_are_places_are_refused() -> None:
+    function = MsixFunction.__new__(MsixFunction)
+    function.size, function._moved = 192, set()
+    function.place(190)
+    with pytest.raises(ValueError, match="vector 191 has no place among 191"):
+        function.place(191)
+    with pytest.raises(ValueError, match="192 vectors have no other places to go to"):
+        function.move(0)
 
 
 @pytest.mark.parametrize("vector", [-1, 64])
