@@ -93,3 +93,14 @@ def test_disabling_takes_every_eventfd_back_and_enabling_gives_new_ones(
     assert endpoint.armed() == (Irq.MSIX, frozenset(rig.vectors))
     rig.fire(*rig.vectors)
     rig.check()
+
+
+def test_enabling_gives_an_eventfd_to_every_vector_that_is_unmasked_by_then(
+    rig: Rig, endpoint: VfioUserEndpoint
+) -> None:
+    """All at once, in as many messages as the server takes descriptors by."""
+    rig.disable()
+    rig.enable()
+    assert endpoint.armed() == (Irq.MSIX, frozenset(rig.vectors))
+    rig.fire(*rig.vectors)
+    rig.check()
