@@ -324,6 +324,15 @@ def late_sshd(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
+def test_the_memory_of_a_process_that_crashed_is_where_the_host_says(lab: LabHost) -> None:
+    process = lab.spawn(["sleep", "100"], log=lab.scratch / "sleep.log")
+    process.signal(11)
+    assert process.wait(20) == -11
+    core = lab.core(process.pid)
+    assert lab.read(core, 0, 4) == b"\x7fELF"
+    lab.remove(core)
+
+
 def test_a_lab_host_that_dies_is_lost_and_the_bench_gives_another(
     lab: LabHost,
     lab_bench: LabBench,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def test_a_machine_that_does_not_start_says_why_and_how_it_was_started(
 def test_its_death_is_a_better_explanation_than_a_lost_monitor(machine: Machine) -> None:
     assert machine.status() == "running"
     machine.process.kill()
-    with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 9; "):
+    with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 9 \(SIGKILL\); "):
         machine.settle()
 
 
@@ -68,7 +69,7 @@ def test_its_death_may_be_known_a_little_after_its_monitor_is_lost(
     machine.process.kill()
     died, later = machine.died, time.monotonic() + 0.3
     monkeypatch.setattr(machine, "died", lambda: died() if time.monotonic() > later else None)
-    with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 9; "):
+    with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 9 \(SIGKILL\); "):
         machine.settle()
 
 
@@ -83,6 +84,21 @@ def test_a_machine_that_is_killed_can_be_quit_and_closed_all_the_same(machine: M
     machine.process.kill()
     machine.quit()
     machine.close()
+
+
+def test_a_machine_that_gets_a_signal_that_nobody_sends_has_crashed(machine: Machine) -> None:
+    assert machine.crash is None
+    machine.process.signal(signal.SIGSEGV)
+    machine.process.wait(20)
+    assert machine.crash == "SIGSEGV"
+    with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 11 \(SIGSEGV\); "):
+        machine.quit()
+    machine.forget_core()
+
+
+def test_a_machine_that_we_ended_has_not_crashed(machine: Machine) -> None:
+    machine.process.kill()
+    assert machine.crash is None
 
 
 def test_traces_are_found_by_their_event_and_from_a_mark_on(machine: Machine) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -36,9 +37,12 @@ class End:
     blame: str = ""
     known: str = ""
     when: str = "call"
+    crash: str = ""
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.when, self.known or self.blame or self.outcome)))
+        return "-".join(
+            filter(None, (self.when, self.known or self.crash or self.blame or self.outcome))
+        )
 
 
 def names(ends: list[End]) -> str:
@@ -50,6 +54,8 @@ SKIP = End("skipped", when="setup")
 BEGUN = End("passed", when="setup")
 KNOWN = End("skipped", known="hot-reset")
 FAIL = End("failed", blame="qemu")
+CRASHED = End("failed", blame="qemu", when="setup", crash="SIGSEGV")
+KNOWN_CRASH = End("skipped", known="tcg-crashes", when="setup", crash="SIGSEGV")
 FAIL_IN_SETUP = End("failed", blame="qemu", when="setup")
 NO_HOST = End("failed", blame="environment", when="setup")
 HOST_LOST = End("failed", blame="environment")
@@ -84,7 +90,7 @@ def verdict_on(
                 duration=1.0,
             )
             if end is not CRASH:
-                notes = {"blame": end.blame, "known": end.known}
+                notes = {"blame": end.blame, "known": end.known, "crash": end.crash}
                 report.vfio_cpr = {  # type: ignore[attr-defined]
                     "subject": {"QEMU": "11.1.3"},
                     "scene": "in use",
@@ -101,7 +107,7 @@ def verdict_on(
 
 @pytest.mark.parametrize(
     "tests",
-    [[OK], [OK, OK], [KNOWN], [OK, KNOWN], [OK, SKIP], [KNOWN, SKIP]],
+    [[OK], [OK, OK], [KNOWN], [KNOWN_CRASH], [OK, KNOWN], [OK, SKIP], [KNOWN, SKIP]],
     ids=names,
 )
 def test_it_is_good_when_all_that_was_verified_holds(tests: list[End]) -> None:
@@ -168,6 +174,18 @@ def test_what_a_person_reads() -> None:
     assert "skip takeover [8-vectors] behaviour 2: Skipped: why" in lines
     assert any(line.startswith("error takeover [8-vectors] (setup)") for line in lines)
     assert lines[-1].startswith("FAILED: 1 FAIL, 1 error, 1 known, 1 skip, 1 ok in ")
+
+
+def test_a_crash_is_told_apart_from_other_failures_and_names_its_signal() -> None:
+    verdict, code = verdict_on(CRASHED, FAIL, KNOWN_CRASH)
+    assert code == FAILED
+    page = io.StringIO()
+    verdict.print(Console(file=page, width=100))
+    lines = [line.rstrip() for line in page.getvalue().splitlines()]
+    assert any(re.fullmatch("behaviour 0 +crashed SIGSEGV", line) for line in lines)
+    assert any(re.fullmatch("behaviour 2 +known", line) for line in lines)
+    assert "crashed takeover [8-vectors] (setup): says test 0" in lines
+    assert lines[-1].startswith("FAILED: 1 crashed, 1 FAIL, 1 known in ")
 
 
 def test_what_fails_many_behaviours_for_one_reason_is_told_once() -> None:
