@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import secrets
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -359,6 +360,15 @@ with_masks, without_masks = (
 
 def idt_vectors(rig: Rig) -> list[int]:
     return [rig.function.idt_vector(vector) for vector in rig.vectors]
+
+
+def test_a_vector_that_a_stopped_guest_cannot_take_is_not_waited_for(
+    rig_with: Callable[..., Rig],
+) -> None:
+    rig = rig_with(Description(msix=None, msi=Msi(1, wide=True, maskable=True)), msi())
+    rig.machine.monitor.execute("stop")
+    with pytest.raises(DeadlineError, match=r"is in vain: old QEMU is in paused; its last words"):
+        rig.fire(0)
 
 
 def test_each_message_of_msi_is_delivered_exactly_once_and_in_order(rig: Rig) -> None:
@@ -744,6 +754,18 @@ def test_a_dead_qemu_is_not_waited_for(
     machine.process.kill()
     with pytest.raises(DeadlineError, match=r"is in vain: was killed by signal 9"):
         guest.batch([Op(Verb.NOP)])
+
+
+def test_a_guest_that_qemu_has_stopped_is_not_waited_for(
+    a_guest: Callable[..., tuple[Machine, ProbeGuest]],
+) -> None:
+    machine, guest = a_guest()
+    guest.stuck = machine.stuck
+    machine.monitor.execute("stop")
+    began = time.monotonic()
+    with pytest.raises(DeadlineError, match=r"is in vain: old QEMU is in paused; its last words"):
+        guest.batch([Op(Verb.NOP)])
+    assert time.monotonic() - began < 5
 
 
 def test_a_guest_that_does_not_start_has_a_deadline(a_machine: Callable[..., Machine]) -> None:

@@ -86,6 +86,23 @@ def test_a_machine_that_is_killed_can_be_quit_and_closed_all_the_same(machine: M
     machine.close()
 
 
+def test_a_machine_that_stopped_its_guest_says_so_until_it_goes_on(machine: Machine) -> None:
+    assert machine.stuck() is None
+    machine.monitor.execute("stop")
+    assert str(machine.stuck()).startswith("old QEMU is in paused; its last words:\n(none)")
+    machine.monitor.execute("cont")
+    assert machine.stuck() is None
+    machine.process.kill()
+    assert str(machine.stuck()).startswith("was killed by signal 9 ")
+
+
+def test_a_machine_that_dies_when_it_has_stopped_its_guest_is_dead(machine: Machine) -> None:
+    machine.monitor.execute("stop")
+    machine.process.signal(signal.SIGKILL)
+    until(machine.died, "its end", 10, pause_s=0.01)
+    assert str(machine.stuck()).startswith("was killed by signal 9 ")
+
+
 def test_a_machine_that_gets_a_signal_that_nobody_sends_has_crashed(machine: Machine) -> None:
     assert machine.crash is None
     machine.process.signal(signal.SIGSEGV)

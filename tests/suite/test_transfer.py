@@ -235,6 +235,16 @@ def test_a_migration_that_does_not_end_is_told_at_the_deadline(
     assert Step.RUNNING not in transfer.times
 
 
+def test_a_guest_that_cannot_go_on_in_new_qemu_is_not_waited_for(
+    old: OldQemu, failing: Callable[..., CprError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = Transfer(old[0])
+    monkeypatch.setattr(transfer.new, "status", lambda: "internal-error")
+    error = failing(transfer)
+    assert error.step == Step.HANDOVER
+    assert "new QEMU is in internal-error; its last words:" in str(error)
+
+
 def test_a_new_qemu_that_cannot_load_the_state_is_told_with_its_last_words(
     a_machine: Callable[..., Machine], failing: Callable[..., CprError]
 ) -> None:
