@@ -79,7 +79,7 @@ def test_new_qemu_runs_the_guest_and_old_qemu_is_left_in_postmigrate(
 ) -> None:
     machine, guest = old
     assert (machine.status(), done.new.status()) == ("postmigrate", "running")
-    guest.died = done.new.died
+    guest.stuck = done.new.died
     loops = guest.look().loops
     machine.quit()
     assert machine.process.poll() == 0
@@ -306,7 +306,7 @@ def test_a_failed_transfer_can_be_followed_by_one_that_succeeds(
     transfer = Transfer(machine)
     try:
         transfer.run()
-        guest.died = transfer.new.died
+        guest.stuck = transfer.new.died
         guest.batch([Op(Verb.NOP)])
     finally:
         transfer.new.close()
