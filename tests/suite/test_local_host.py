@@ -7,6 +7,7 @@ What it shares with every other host is in test_hosts.py.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,3 +167,10 @@ def test_programs_run_in_the_plain_locale(
     log = PurePosixPath(local.scratch / "log")
     local.spawn(["sh", "-c", "echo $LC_ALL"], log=log).wait(10)
     assert local.run("echo $LC_ALL").out.encode() == local.read(log) == b"C\n"
+
+
+def test_what_crashes_here_leaves_no_core_file(local: LocalHost) -> None:
+    process = local.spawn(["sleep", "60"], log=local.scratch / "sleep.log")
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    process.kill()
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
