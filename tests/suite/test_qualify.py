@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,26 @@ def test_an_entry_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("points", "reason"),
+    [
+        ('["intx", "msi:9"]', "'msi:9': no axis has the value 'msi:9'"),
+        ('["amd-iommu,iommufd,vfio-user"]', "'amd-iommu,iommufd,vfio-user': .* rules out"),
+        ('"intx"', "'i': no axis has the value 'i'"),
+    ],
+)
+def test_a_point_that_cannot_be_is_refused_by_the_name_of_its_entry(
+    tmp_path: Path, points: str, reason: str
+) -> None:
+    path = tmp_path / "faults.toml"
+    path.write_text(
+        '[[fault]]\nid = "bad"\nfile = "f.c"\nfunction = "f"\nedits = [["a", "b"]]\n'
+        f'breaks = "all"\ntests = ""\npoints = {points}\n'
+    )
+    with pytest.raises(BadInputError, match=f"bad: point {reason}"):
+        load(path)
+
+
 def test_an_edit_stays_in_its_function() -> None:
     text = fault(r"i \+ 1", "i + 2").apply(SOURCE)
     assert text == SOURCE[: SOURCE.index("int\nvictim")] + SOURCE[
@@ -107,8 +129,13 @@ def qualifier(tmp_path: Path, *results: Result) -> Qualifier:
     return made
 
 
-def fault_named(name: str, *, harmless: bool = False, **more: str) -> Fault:
-    return Fault(name, "file.c", "victim", (("j", "k"),), "" if harmless else "all", "", **more)
+def fault_named(
+    name: str, *, harmless: bool = False, points: tuple[str, ...] = (), **more: str
+) -> Fault:
+    more = {"tests": "", **more}
+    return Fault(
+        name, "file.c", "victim", (("j", "k"),), "" if harmless else "all", points=points, **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +170,9 @@ def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
             f"before\n{BEGIN}QEMU 10.2.2, 2 edits:\n\n"
             "| fault | what it breaks | outcome | seen by | s |\n|---|---|---|---|---:|\n"
             "| base | (nothing) | clean, 10 times |  | 50 |\n"
+            "| base-at-points | (nothing) | not tried |  | 0 |\n"
             "| harmless-together | (nothing) | not tried |  | 0 |\n"
+            "| harmless-together-at-points | (nothing) | not tried |  | 0 |\n"
             "| bad | all | caught | takeover [8]: x | 12 |\n"
             f"| new | all | not tried |  | 0 |\n{END}\nafter\n"
         )
@@ -163,7 +192,9 @@ def test_the_table_of_the_readme_has_the_whole_catalogue() -> None:
         "fault",
         "---",
         "base",
+        "base-at-points",
         "harmless-together",
+        "harmless-together-at-points",
         *(entry.id for entry in load()),
     }
 
@@ -172,20 +203,23 @@ class _Builds(Qualifier):
     """One that builds and verifies nothing."""
 
     verified: list[str]
+    points: dict[str, tuple[str, ...]]
     sources: dict[str, str]
 
     def build_base(self) -> Path:
-        self.verified, self.sources = [], {}
+        self.verified, self.points, self.sources = [], {}, {}
         (self.work / "qemu").write_text("elf")
         return self.work / "qemu"
 
     def _verify(self, job: _Job) -> Result:
         self.verified.append(job.fault.id)
+        self.points[job.fault.id] = job.fault.points
         self.sources[job.fault.id] = job.binary.read_text()
         if job.fault.id == "strange":
             raise OSError("no such thing")
         if job.fault.harmless:
-            return Result(job.fault.id, "clean", runs=self.runs, tests=["loud", "silent"])
+            here = "afar" if job.fault.points else "silent"
+            return Result(job.fault.id, "clean", runs=self.runs, tests=["loud", here])
         return Result(job.fault.id, "caught", by="loud", tests=["loud"])
 
 
@@ -215,6 +249,26 @@ def test_what_could_not_be_verified_is_tried_once_more(
     bad = Fault("bad", "file.c", "victim", (("j", "k"),), "all", tests)
     assert made._verify(_Job(bad, Path("/bin/true"))).outcome == outcome
     assert list(left) == []
+
+
+def test_a_fault_is_tried_at_its_points_by_its_tests_and_then_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(argv[argv.index("--verdict-json") + 2 :])
+        return subprocess.CompletedProcess(argv, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(Cache, "discard", lambda *_: None)
+    bad = fault_named("bad", tests="test_takeover", points=("intx", "msi:8"))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/qemu").touch()
+    result = qualifier(tmp_path)._verify(_Job(bad, tmp_path / "bin/qemu"))
+    assert result.outcome == "MISSED"
+    points = ["--point", "intx", "--point", "msi:8"]
+    assert asked == [["-k", "test_takeover", *points], points]
 
 
 @pytest.fixture
@@ -288,6 +342,33 @@ def test_harmless_edits_are_also_made_all_together(qualify: Callable[..., _Build
     assert "0;\n    }" in made.sources["harmless-together"]
 
 
+def test_the_base_is_also_verified_at_all_points_that_faults_name(
+    qualify: Callable[..., _Builds],
+) -> None:
+    faults = [
+        Fault(name, "file.c", "victim", ((r"i \+ 1", "0"),), "all", "", points)
+        for name, points in (("a", ("msi:8",)), ("b", ("intx", "msi:8")), ("c", ()))
+    ]
+    made = qualify(*faults)
+    assert made.verified == ["base", "base-at-points", "a", "b", "c"]
+    assert made.points["base"] == made.points["c"] == ()
+    assert made.points["base-at-points"] == ("intx", "msi:8")
+    assert qualify(*faults[1:]).verified == []
+    assert qualify(faults[0]).verified == ["base-at-points"]
+
+
+def test_harmless_edits_are_also_verified_together_at_those_points(
+    qualify: Callable[..., _Builds],
+) -> None:
+    fine = Fault("fine", "file.c", "victim", ((r"i \+ 1", "0"),), "", "")
+    far = Fault("far", "file.c", "victim", ((r"i\+\+", "0"),), "all", "", ("intx",))
+    made = qualify(fine, far, runs=2)
+    name = "harmless-together-at-points"
+    assert made.verified == ["base", "base-at-points", "harmless-together", name, "fine", "far"]
+    assert made.points[name] == ("intx",)
+    assert made.sources[name] == made.sources["harmless-together"] == made.sources["fine"]
+
+
 def test_more_runs_than_were_seen_are_made(qualify: Callable[..., _Builds]) -> None:
     assert qualify(runs=2).verified == ["base"]
     assert qualify(runs=1).verified == []
@@ -297,6 +378,8 @@ def test_more_runs_than_were_seen_are_made(qualify: Callable[..., _Builds]) -> N
 def test_who_is_no_witness_of_any_fault_is_named(qualify: Callable[..., _Builds]) -> None:
     known = Fault("known", "file.c", "victim", ((r"i \+ 1", "0"),), "all", "")
     assert qualify(known, witnesses=True).unmoved() == ["silent"]
+    far = replace(known, id="far", points=("intx",))
+    assert qualify(far, witnesses=True).unmoved() == ["silent", "afar"]
 
 
 def test_an_error_is_tried_again_and_stops_nothing(qualify: Callable[..., _Builds]) -> None:
