@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import SOUND, Coverage
+from fixtures.coverage import Coverage
 from fixtures.guests.probe import Op, Verb
 from fixtures.matrix import Point
 from fixtures.rig import Rig, TakenOver
@@ -14,8 +14,8 @@ from fixtures.waiting import until
 
 POINTS = Coverage(
     "msix:8",
-    irq=("msix:8", "msi:8"),
-    **SOUND,
+    irq=("msix:8", "msi:8", "intx"),
+    accel=("kvm",),
     reset=("bus",),
     apic=("xapic",),
     iommu=("intel-iommu",),
