@@ -77,9 +77,9 @@ def test_points_that_differ_in_the_device_need_different_equipment() -> None:
     assert equipment(Point()) == equipment(Point.parse("iommufd+smp+trap"))
 
 
-def test_what_shares_a_takeover_is_tried_together_and_what_shares_a_lab_host_too() -> None:
-    """Else a takeover is set up once more for each of its tests that stands alone."""
-    argv = [sys.executable, "-m", "pytest", "tests/qemu", "--profile", "quick"]
+def collected(*options: str) -> list[tuple[str, str, str]]:
+    """Module, name and point of the tests that a run would have, in its order."""
+    argv = [sys.executable, "-m", "pytest", "tests/qemu", *options]
     listing = subprocess.run(
         [*argv, "--collect-only", "-q", "-p", "no:cacheprovider"],
         capture_output=True,
@@ -87,7 +87,18 @@ def test_what_shares_a_takeover_is_tried_together_and_what_shares_a_lab_host_too
         cwd=ROOT,
         check=True,
     ).stdout
-    ids = re.findall(r"^tests/qemu/(\w+)\.py::(\w+)\[(.*)\]$", listing, re.M)
+    return re.findall(r"^tests/qemu/(\w+)\.py::(\w+)\[(.*)\]$", listing, re.M)
+
+
+def test_at_named_points_nothing_else_is_tried() -> None:
+    ids = collected("--point", "msix:8", "--point", "msi:8+smp")
+    assert ids
+    assert all(point.endswith(("msix:8", "msi:8+smp+vfio-user")) for _, _, point in ids)
+
+
+def test_what_shares_a_takeover_is_tried_together_and_what_shares_a_lab_host_too() -> None:
+    """Else a takeover is set up once more for each of its tests that stands alone."""
+    ids = collected("--profile", "quick")
     takeovers = [(module, point) for module, _, point in ids if module == "test_takeover"]
     assert len(set(takeovers)) > 30
     assert len(list(groupby(takeovers))) == len(set(takeovers))
