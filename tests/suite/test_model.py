@@ -329,6 +329,59 @@ def test_disabling_intx_is_to_set_interrupt_disable() -> None:
     assert (model.masked, model.delivered) == (set(), [0])
 
 
+# A guest whose CPUs are stopped.
+
+KINDS: dict[str, Callable[[], InterruptModel]] = {"MSI-X": in_use, "MSI": msi_in_use}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_a_stopped_guest_takes_nothing_until_it_goes_on(make: Callable[[], InterruptModel]) -> None:
+    model = make()
+    model.stop()
+    model.fire(1)
+    assert (model.delivered, model.pending) == ([], set())
+    model.cont()
+    assert (model.delivered, model.waiting) == ([1], set())
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_a_vector_that_comes_to_a_stopped_guest_several_times_is_taken_once(
+    make: Callable[[], InterruptModel],
+) -> None:
+    """Intel SDM, volume 3, 12.8.4: the local APIC has one bit for it (IRR)."""
+    model = make()
+    model.stop()
+    for vector in (2, 1, 2, 2):
+        model.fire(vector)
+    model.cont()
+    assert sorted(model.delivered) == [1, 2]
+    model.fire(2)
+    assert model.delivered[2:] == [2], "once it runs, each counts again"
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_a_masked_vector_becomes_pending_whether_the_guest_is_stopped_or_not(
+    make: Callable[[], InterruptModel],
+) -> None:
+    """6.8.3.5: the mask is the function's, which is not stopped."""
+    model = make()
+    model.set_mask(True, 1)
+    model.stop()
+    model.fire(1)
+    model.cont()
+    assert (model.delivered, model.pending) == ([], {1})
+
+
+def test_a_pin_that_is_asserted_while_the_guest_is_stopped_is_taken_once() -> None:
+    """2.2.6: it is a level."""
+    model = IntxModel()
+    model.stop()
+    model.fire(0)
+    model.fire(0)
+    model.cont()
+    assert model.delivered == [0]
+
+
 # All kinds, whatever happens to them.
 
 Act = tuple[str, int]
