@@ -56,6 +56,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="AXIS=VALUE,...",
         help="only this point of the matrix; may be given several times",
     )
+    group.addoption(
+        "--statemachine-steps",
+        type=int,
+        default=30,
+        metavar="N",
+        help="steps of each random sequence (default: 30)",
+    )
+    group.addoption(
+        "--statemachine-sequences",
+        type=int,
+        metavar="N",
+        help="random sequences of each test that plays them (default: by profile, main has none)",
+    )
     group.addoption("--cache", type=Path, metavar="DIR", help="where images are kept")
     group.addoption(
         "--evidence",
