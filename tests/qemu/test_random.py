@@ -22,8 +22,7 @@ from fixtures.statemachine import Plan, Scene, Setting, play, source
 pytestmark = pytest.mark.random
 
 POINTS = Coverage(
-    "msix:8",
-    irq=("msix:1", "msix:8", "msix:33", "msi:8", "intx"),
+    irq=("msix:8", "msix:33", "msi:8", "intx"),
     container=("type1",),
     **SOUND,
     iommu=("intel-iommu",),
@@ -31,6 +30,7 @@ POINTS = Coverage(
     irqchip=("full",),
     apic=("xapic",),
     bars=("mmap",),
+    endpoint=("vfio-user",),
 )
 
 LAB = """\
