@@ -13,7 +13,7 @@ from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 from fixtures.rig import WITNESS, TakenOver
 
-POINTS = Coverage("msix:1", "msix:8", "msix:64", apart=True)
+POINTS = Coverage("msix:1", "msix:8", "msix:64", apart=True, strength=2)
 
 
 @pytest.fixture(scope="module")

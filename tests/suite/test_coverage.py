@@ -28,8 +28,18 @@ def test_the_main_profile_has_what_the_module_says() -> None:
     assert names(COVERAGE, "main") == ["msix:1", "msix:64"]
 
 
-def test_the_quick_profile_begins_with_them_and_has_pairs_within_the_limits() -> None:
+def test_the_quick_profile_begins_with_them_and_has_each_value_within_the_limits() -> None:
     points = COVERAGE.points("quick")
+    assert [str(point) for point in points[:2]] == ["msix:1", "msix:64"]
+    assert {point.iommu for point in points} == {"intel-iommu", "amd-iommu", "virtio-iommu"}
+    assert {point.container for point in points} == {"type1", "iommufd"}
+    assert {point.apic for point in points} == {"xapic"}
+    assert len(points) <= 4
+
+
+def test_the_quick_profile_has_pairs_where_that_is_wanted() -> None:
+    coverage = Coverage("msix:1", "msix:64", irq=("msix:1", "msix:64"), apic=("xapic",), strength=2)
+    points = coverage.points("quick")
     assert [str(point) for point in points[:2]] == ["msix:1", "msix:64"]
     assert {(p.irq, p.iommu) for p in points} == {
         (irq, iommu)

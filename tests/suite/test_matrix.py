@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fixtures.matrix import AXES, RULES, Point, count, listing, pairs, product
+from fixtures.matrix import AXES, RULES, Point, count, covering, listing, product
 from images.errors import BadInputError
 
 NAMES = [axis.name for axis in AXES]
@@ -242,12 +242,12 @@ def test_a_text_that_names_no_point_is_refused(text: str, refusal: str) -> None:
 
 
 def test_any_two_values_that_can_meet_do_meet() -> None:
-    sound = [values_of(point) for point in pairs() if not fails(values_of(point))]
+    sound = [values_of(point) for point in covering() if not fails(values_of(point))]
     assert met(sound) == met(point for point in ALL if not fails(point))
 
 
 def test_what_is_known_to_fail_is_one_point_each_near_the_usual() -> None:
-    assert [str(point) for point in pairs() if fails(values_of(point))] == [
+    assert [str(point) for point in covering() if fails(values_of(point))] == [
         "msix:8+iommufd",
         "msix:8+qemu+tcg",
         "msix:8+qemu",
@@ -258,7 +258,7 @@ def test_what_is_known_to_fail_is_one_point_each_near_the_usual() -> None:
 
 def test_there_are_hardly_more_points_than_the_two_longest_axes_need() -> None:
     longest = sorted(len(axis.values) for axis in AXES)[-2:]
-    assert len(pairs()) <= 1.1 * longest[0] * longest[1]
+    assert len(covering()) <= 1.1 * longest[0] * longest[1]
 
 
 # To shrink what fails would take minutes.
@@ -270,10 +270,10 @@ def test_so_they_do_within_any_restriction_that_leaves_a_point(
     left = within(restrict)
     if not left:
         with pytest.raises(BadInputError, match=r" rules out "):
-            pairs(**restrict)
+            covering(**restrict)
         return
     seeds = [Point(*p) for p in data.draw(st.lists(st.sampled_from(left), max_size=3, unique=True))]
-    points = pairs(seeds=seeds, **restrict)
+    points = covering(seeds=seeds, **restrict)
     assert list(points[: len(seeds)]) == seeds
     assert len(set(points)) == len(points)
     assert set(map(values_of, points)) <= set(left)
@@ -286,18 +286,18 @@ def test_one_value_of_each_axis_leaves_one_point() -> None:
     point = Point.parse("msi:1+pm+x2apic")
     only = {name: (getattr(point, name),) for name in NAMES}
     assert list(product(**only)) == [point]
-    assert pairs(**only) == pairs(seeds=[point, point], **only) == (point,)
+    assert covering(**only) == covering(seeds=[point, point], **only) == (point,)
 
 
 def test_seeds_come_first_and_once() -> None:
     seeds = [Point.parse("intx+qemu"), Point(), Point()]
-    assert pairs(seeds=seeds)[:3].count(Point()) == 1
-    assert pairs(seeds=seeds)[:2] == (seeds[0], Point())
+    assert covering(seeds=seeds)[:3].count(Point()) == 1
+    assert covering(seeds=seeds)[:2] == (seeds[0], Point())
 
 
 def test_a_seed_outside_of_the_restriction_is_refused() -> None:
     with pytest.raises(BadInputError) as caught:
-        pairs(seeds=[Point()], irq=("msix:64", "msix:1"))
+        covering(seeds=[Point()], irq=("msix:64", "msix:1"))
     assert str(caught.value) == "msix:8 is not within irq=msix:1|msix:64"
 
 
@@ -323,14 +323,14 @@ def test_a_seed_outside_of_the_restriction_is_refused() -> None:
 def test_a_restriction_that_leaves_no_point_is_refused_at_once(
     restrict: dict[str, Collection[str]], refusal: str
 ) -> None:
-    for refuse in (pairs, product, count):
+    for refuse in (covering, product, count):
         with pytest.raises(BadInputError) as caught:
             refuse(**restrict)
         assert str(caught.value) == refusal
 
 
 def test_pairs_are_the_same_in_any_process(pytestconfig: pytest.Config) -> None:
-    script = "from fixtures.matrix import pairs; print(*pairs())"
+    script = "from fixtures.matrix import covering; print(*covering())"
     outputs = [
         subprocess.run(
             [sys.executable, "-B", "-c", script],
@@ -342,11 +342,18 @@ def test_pairs_are_the_same_in_any_process(pytestconfig: pytest.Config) -> None:
         ).stdout
         for seed in ("0", "1")
     ]
-    assert outputs == [" ".join(map(str, pairs())) + "\n"] * 2
+    assert outputs == [" ".join(map(str, covering())) + "\n"] * 2
+
+
+def test_with_a_strength_of_one_each_value_is_in_some_point() -> None:
+    points = covering(strength=1)
+    assert len(points) < len(covering()) / 2
+    for axis in AXES:
+        assert {getattr(point, axis.name) for point in points} == set(axis.values)
 
 
 def test_pairs_are_computed_once() -> None:
-    assert pairs(irq=("msi:1", "msix:1")) is pairs(irq=["msix:1", "msi:1"])
+    assert covering(irq=("msi:1", "msix:1")) is covering(irq=["msix:1", "msi:1"])
 
 
 # The text of --list-axes
