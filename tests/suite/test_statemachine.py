@@ -35,11 +35,13 @@ class FakeRig:
         self.vectors = range(self.model.size)
         self.function = SimpleNamespace(can_mask=True)
         self.verbs: list[str] = []
-        self.closed = False
+        self.closed = self.had_gaps = False
         self._used: set[int] = set()
 
     def enable(self) -> None:
         self._guest("enable")
+        masked = [n in self.model.masked for n in self.vectors]
+        self.had_gaps |= masked != sorted(masked)
         for model in (self.model, self.other):
             model.set_control(enable=True)
 
@@ -190,10 +192,12 @@ class FakeBench:
         at_end(self.rigs[-1].close)
         return self.rigs[-1]
 
-    def play(self, *, seed: int = 0, sequences: int = 60, shrinking_s: float = 60) -> None:
+    def play(
+        self, *, seed: int = 0, sequences: int = 60, shrinking_s: float = 60, gaps: bool = True
+    ) -> None:
         line = "rig = bench.rig(request.addfinalizer)"
         setting = Setting(line, self.make, self.make().size, True)
-        scene = Scene(st.just(setting), {"bench": self}, HEADING, cpr=True)
+        scene = Scene(st.just(setting), {"bench": self}, HEADING, cpr=True, gaps=gaps)
         plan = Plan(30, sequences, seed, shrinking_s)
         play(scene, plan, self.ends.append, self.scripts.append)
 
@@ -217,6 +221,13 @@ def test_a_driver_may_do_what_is_played(make: Callable[[], InterruptModel]) -> N
     assert len(bench.rigs) >= 60
     assert all(rig.closed for rig in bench.rigs)
     assert max(map(len, bench.played)) >= 30
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_vectors_are_enabled_above_masked_ones_where_that_can_be(gaps: bool) -> None:
+    bench = FakeBench()
+    bench.play(gaps=gaps)
+    assert any(rig.had_gaps for rig in bench.rigs) == gaps
 
 
 def test_every_kind_of_step_is_played() -> None:
