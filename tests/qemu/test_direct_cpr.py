@@ -41,7 +41,8 @@ def attempt(request: pytest.FixtureRequest, direct_bench: DirectBench) -> Attemp
     rig.program(*rig.vectors)
     rig.unmask(*rig.vectors)
     rig.fire(*rig.vectors)
-    before = rig.check()
+    rig.check()
+    before = rig.observe()
     endpoint = rig.endpoint
     assert isinstance(endpoint, VfioUserEndpoint)
     mark, refused = endpoint.witness.mark(), None

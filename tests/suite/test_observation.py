@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fixtures.guests.probe import Delivery, Place
-from fixtures.oracle import Mismatch, MsixModel, Observation
+from fixtures.oracle import Mismatch, MsixModel
 from fixtures.oracle.model import InterruptModel, IntxModel, MsiModel
 from fixtures.oracle.observation import compare, expect_same
 from fixtures.rig import Rig
@@ -183,8 +185,16 @@ class FakeFunction:
     def place(self, vector: int) -> Place:
         return Place(0, self.idt_vector(vector))
 
+    def mask_ops(self) -> list[object]:
+        return ["an operation"]
+
     def pba_ops(self) -> list[object]:
         return ["an operation"] if self._has_pending_bits else []
+
+    def masked(self, words: Sequence[int]) -> frozenset[int]:
+        return frozenset(words)
+
+    bits = masked
 
 
 @pytest.fixture
@@ -194,6 +204,8 @@ def rig_that_saw() -> Callable[..., Rig]:
     def make(
         model: InterruptModel, *taken: int, pending_bits: Set[int] | None = None, cpu: int = 0
     ) -> Rig:
+        masked = sorted(model.masked)
+
         class Seen(Rig):
             def __init__(self) -> None:
                 self.model, self.vectors = model, range(model.size)
@@ -204,17 +216,15 @@ def rig_that_saw() -> Callable[..., Rig]:
                 )
                 self._log_count = 0
 
-            def observe(self) -> Observation:
-                return Observation(
-                    counters=tuple(taken.count(n) for n in range(256)),
-                    log_count=len(taken),
-                    config=b"",
-                    table=b"",
-                    masked=frozenset(model.masked),
-                    pending=frozenset(pending_bits or ()),
-                    witness=0,
-                    loops=0,
-                )
+            def _settle(self) -> None:
+                pass
+
+            def _acknowledged(self) -> None:
+                pass
+
+            def _read(self, *parts: object) -> tuple[list[list[int]], Any]:
+                assert len(parts) == 2
+                return [masked, sorted(pending_bits or ())], SimpleNamespace(log_count=len(taken))
 
         return Seen()
 
@@ -225,7 +235,10 @@ def test_a_rig_that_saw_what_the_model_says_is_content(
     model: MsixModel, rig_that_saw: Callable[..., Rig]
 ) -> None:
     rig = rig_that_saw(model, 0x32, 0x30, pending_bits={1})
-    assert rig.check().masked == {1, 3}
+    rig.check()
+    model.masked = {0, 1, 3}  # but not what the guest reads
+    with pytest.raises(Mismatch, match="1 of 4 vectors"):
+        rig.check()
 
 
 def test_a_vector_that_another_cpu_took_is_told(
