@@ -30,8 +30,10 @@
  * be in pieces too.  Fields that change by themselves are best read natively
  * through a mapping.
  *
- * counters[], taken[] and the log may be overwritten by the harness only while nothing
- * can interrupt the guest but its timer (and then not counters[PROBE_TIMER]).
+ * An interrupt is in the log before counters[] and taken[] count it.
+ *
+ * These and the log may be overwritten by the harness only while nothing can
+ * interrupt the guest but its timer (and then not counters[PROBE_TIMER]).
  */
 #ifndef PROBE_ABI_H
 #define PROBE_ABI_H

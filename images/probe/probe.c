@@ -289,12 +289,13 @@ void interrupt(const struct frame *frame)
     if (acknowledgements[vector].address) {
         store(acknowledgements[vector].address, 4, acknowledgements[vector].data);
     }
-    mailbox->counters[vector]++;
-    mailbox->taken[id][vector]++;
     if (vector != PROBE_TIMER) {
         log_delivery(vector, id);
         active = true;
     }
+    /* Last: who sees these knows that the log has it. */
+    mailbox->counters[vector]++;
+    mailbox->taken[id][vector]++;
     lock_release();
     if (vector != PROBE_SPURIOUS) {
         lapic_write(&cpus[id], LAPIC_EOI, 0);
