@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +115,16 @@ def test_a_machine_that_gets_a_signal_that_nobody_sends_has_crashed(machine: Mac
     with pytest.raises(MachineDiedError, match=r"^old QEMU was killed by signal 11 \(SIGSEGV\); "):
         machine.quit()
     machine.forget_core()
+
+
+def test_a_signal_that_ssh_has_no_name_for_is_a_crash_too(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SIGBUS is, which a guest's access to a device that was reset can end in."""
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_process", SimpleNamespace(poll=lambda: -99, wait=lambda _: None))
+        assert machine.crash == "unnamed"
+        assert "was killed by signal 99 (unnamed)" in str(machine.died())
 
 
 def test_a_machine_that_we_ended_has_not_crashed(machine: Machine) -> None:
