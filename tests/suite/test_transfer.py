@@ -21,6 +21,7 @@ from fixtures.guests.probe import Verb
 from fixtures.hosts import LocalHost
 from fixtures.machines import Event, Machine, Monitor
 from fixtures.waiting import until
+from images.errors import SuiteError
 
 OldQemu = tuple[Machine, ProbeGuest]
 
@@ -255,6 +256,26 @@ def test_a_new_qemu_that_cannot_load_the_state_is_told_with_its_last_words(
     assert error.step in (Step.MONITOR, Step.HANDOVER), "its death may be quicker than our QMP"
     assert "new QEMU ended with 1; its last words:" in str(error)
     assert "load of migration failed" in str(error)
+
+
+def test_a_new_qemu_whose_sockets_close_before_it_is_gone_is_quoted_too(
+    a_machine: Callable[..., Machine], failing: Callable[..., CprError]
+) -> None:
+    answers = iter([None, None, "ended with 1"])
+
+    class Refused(Transfer):
+        """Old QEMU gives up on a new QEMU that is seen dead at the third look."""
+
+        def _handover(self) -> None:
+            self.old.monitor.execute("migrate_cancel")
+            until(lambda: "cancelled" in self._states(), "old QEMU to give up", 20)
+            self.new.died = lambda: next(answers)  # type: ignore[method-assign]
+            raise SuiteError("it has given up")
+
+    machine = a_machine()
+    machine.start()
+    set_capability(machine, "pause-before-switchover")
+    assert "\nnew QEMU ended with 1" in str(failing(Refused(machine)))
 
 
 def test_a_migration_that_is_cancelled_leaves_the_guest_in_old_qemu(
