@@ -41,9 +41,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define PROBE_MAILBOX   0x100000
+#define PROBE_MAILBOX   0x80000
 #define PROBE_MAGIC     0x52504356      /* the bytes "VCPR" */
-#define PROBE_VERSION   3
+#define PROBE_VERSION   4
 
 #define PROBE_VECTORS   256
 #define PROBE_OPS       384

@@ -40,7 +40,7 @@ POINTS = Coverage(
 #: of the guest before (seen with QEMU 11.1.3 and Linux 7.3 in the lab host).
 TOLD: dict[str, Collection[str]] = {"container": ("type1",)}
 #: Where in the guest's memory the device writes: clear of the probe's own.
-RING, SLOTS = 0x140000, 512
+RING, SLOTS = 0x60000, 512
 RATE_HZ = 2000.0
 
 

@@ -714,7 +714,7 @@ def test_interrupt_disable_is_written_and_seen_in_command() -> None:
 
 
 def test_a_batch_may_be_longer_than_the_mailbox(there: Plugged) -> None:
-    scratch = 0x140000
+    scratch = 0x60000
     count = 2 * OPS_MAX + 1
     there.guest.batch([Op(Verb.WRITE, scratch + 4 * n, n) for n in range(count)])
     assert there.guest.batch([Op(Verb.READ, scratch + 4 * n) for n in range(count)]) == list(

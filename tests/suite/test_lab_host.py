@@ -10,6 +10,7 @@ import dataclasses
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +20,9 @@ import pytest
 
 from fixtures.bench import POINTS, LabBench, equipment
 from fixtures.endpoints import IvshmemDoorbell
+from fixtures.guests import Op
 from fixtures.guests.pci import MSIX_CAPABILITY
+from fixtures.guests.probe import Verb
 from fixtures.hosts import (
     CommandError,
     Host,
@@ -31,6 +34,7 @@ from fixtures.hosts import (
     nested,
 )
 from fixtures.matrix import Point
+from fixtures.rig import Rig
 from fixtures.subject import Subject
 from fixtures.waiting import until
 from images.errors import EnvironmentFault
@@ -222,6 +226,60 @@ def test_a_lab_host_that_hangs_is_lost_at_the_deadline(lab: LabHost) -> None:
             lab.run("echo well", deadline_s=0.3)
     finally:
         lab.process.signal(signal.SIGCONT)
+    assert lab.run("echo well").out == "well\n"
+
+
+# Its memory
+
+
+@pytest.fixture(params=["type1", "iommufd"])
+def rig(request: pytest.FixtureRequest, lab_bench: LabBench) -> Rig:
+    bars = {"type1": "mmap", "iommufd": "trap"}[request.param]
+    point = Point(container=request.param, bars=bars)
+    if reason := lab_bench.lacks(point):
+        pytest.skip(reason)
+    return lab_bench.rig(point, request.addfinalizer)
+
+
+#: In guest RAM, where the probe guest has nothing, across the end of a page.
+PLACE, CONTENT = 0x60FFA, b"0123456789"
+
+
+def test_what_is_written_to_shared_guest_ram_is_read_from_its_file(rig: Rig, lab: LabHost) -> None:
+    ram = rig.machine.spec.ram
+    lab.write(ram, (PLACE, CONTENT))
+    assert SshHost.read(lab, ram, PLACE, len(CONTENT)) == CONTENT
+
+
+def test_what_is_written_to_the_file_of_shared_guest_ram_is_read(rig: Rig, lab: LabHost) -> None:
+    ram = rig.machine.spec.ram
+    SshHost.write(lab, ram, (PLACE, CONTENT[::-1]))
+    assert lab.read(ram, PLACE, len(CONTENT)) == CONTENT[::-1]
+
+
+def test_shared_guest_ram_is_read_without_the_host(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.take_over()  # it is the same afterwards
+    loops = rig.guest.look().loops
+    monkeypatch.setattr(nested, "SIGN_OF_LIFE_S", 60)
+    monkeypatch.setattr(SshHost, "_verb", None)
+    assert rig.guest.look().loops >= loops
+    until(lambda: rig.guest.look().loops > loops, "the guest to go on", 10)
+
+
+def test_a_hanging_host_is_lost_also_to_those_who_read_its_memory(
+    rig: Rig, lab: LabHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nested, "SIGN_DEADLINE_S", 0.3)
+    began = time.monotonic()
+    lab.process.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(HostLostError, match=r"a sign of life: waited 0\.3 s"):
+            rig.guest.batch([Op(Verb.NOP)])
+    finally:
+        lab.process.signal(signal.SIGCONT)
+    assert time.monotonic() - began < 10
     assert lab.run("echo well").out == "well\n"
 
 

@@ -23,7 +23,7 @@ from images.probe import SOURCES, ProbeBuildError, build
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 
 RAM = 8 << 20
-MAILBOX = 0x100000
+MAILBOX = 0x80000
 STARTING, READY, FAULTED = range(3)
 CFG_READ, CFG_WRITE, MMIO_READ, MMIO_WRITE = 1, 2, 3, 4
 PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
@@ -280,7 +280,7 @@ def test_a_failed_build_names_the_command(tmp_path: Path) -> None:
 def test_the_guest_introduces_itself(probe: Probe) -> None:
     assert probe.state == READY
     assert probe.ram[MAILBOX : MAILBOX + 4] == b"VCPR"
-    assert probe.u32(0x004) == 3
+    assert probe.u32(0x004) == 4
     assert probe.cpus == 1
 
 
