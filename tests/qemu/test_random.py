@@ -122,9 +122,7 @@ def test_any_sequence_of_steps_with_cpr_is_as_the_specification_says(
         line, partial(MODELS[point.kind], point.vectors), point.vectors, point.kind == "msix"
     )
     names = {"bench": bench, "point": point}
-    # QEMU 10.2 is killed by SIGSEGV where a vector is enabled above one that was never used:
-    # vfio_connect_kvm_msi_virq, hw/vfio/pci.c, takes the virq 0 of that for a route, and has no
-    # device for it.  Seen with 10.2.2, and not with 11.1.3.
+    # Known issue gap-crashes-msix-enable.
     gaps = Version(bench.subject.capabilities.version.split()[0]) >= Version("11")
     scene = Scene(st.just(setting), names, LAB.format(point=point), cpr=True, gaps=gaps)
     play(scene, plan, request.addfinalizer, keep_script)
