@@ -8,7 +8,7 @@ import pytest
 from fixtures.bench import LabBench
 from fixtures.coverage import SOUND, Coverage
 from fixtures.matrix import Point
-from fixtures.oracle.observation import expect_same
+from fixtures.oracle.observation import expect_same, expect_same_counts
 from fixtures.rig import TakenOver
 
 POINTS = Coverage("msix:8", irq=("msix:8", "msix:65"), **SOUND, reset=("bus",), apic=("xapic",))
@@ -57,7 +57,7 @@ def test_the_eventfds_are_still_those_of_the_first_qemu(
 def test_new_qemu_holds_as_many_descriptors_of_each_kind_as_the_first(
     first: TakenOver, taken_over: TakenOver
 ) -> None:
-    assert dict(taken_over.descriptors_after) == dict(first.descriptors_before)
+    expect_same_counts("descriptors", first.descriptors_before, taken_over.descriptors_after)
 
 
 def test_config_space_is_the_same(taken_over: TakenOver) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fixtures.cpr.transfer import CprError
+from fixtures.cpr import CprError
 from fixtures.direct import DirectBench, described
 from fixtures.endpoints.vfio_user import Irq, VfioUserEndpoint
 from fixtures.endpoints.vfio_user.witness import ConfigWritten, WasReset

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PurePosixPath
 
 import pytest
 
 from fixtures.bench import AtEnd, LabBench
 from fixtures.coverage import MOVABLE, MSIX, Coverage
 from fixtures.matrix import Point
-from fixtures.oracle.observation import expect_same
+from fixtures.oracle.observation import expect_same, expect_same_counts
 from fixtures.rig import WITNESS, TakenOver
 
-POINTS = Coverage("msix:1", "msix:8", "msix:64", apart=True, strength=2)
+POINTS = Coverage("msix:1", "msix:8", "msix:64", "msix:8+cpr-exec", apart=True, strength=2)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_new_qemu_holds_as_many_descriptors_of_each_kind(
     """None is leaked, and none is missing: eventfds, vfio's, KVM's, memory."""
     wanted = len(eventfds_of(point, taken_over.rig.vectors))
     assert taken_over.descriptors_before["anon_inode:[eventfd]"] >= wanted
-    assert dict(taken_over.descriptors_after) == dict(taken_over.descriptors_before)
+    expect_same_counts("descriptors", taken_over.descriptors_before, taken_over.descriptors_after)
 
 
 def test_config_space_is_the_same(taken_over: TakenOver) -> None:
@@ -143,9 +144,19 @@ def test_the_guest_keeps_running(taken_over: TakenOver) -> None:
     assert loops > taken_over.after.loops
 
 
+@pytest.mark.limits(mode=("cpr-transfer",))
 def test_new_qemu_runs_and_old_qemu_is_left_in_postmigrate(taken_over: TakenOver) -> None:
     assert taken_over.old_status == "postmigrate"
     assert taken_over.rig.machine.status() == "running"
+
+
+@pytest.mark.limits(mode=("cpr-exec",))
+def test_new_qemu_runs_as_the_process_that_old_qemu_was(taken_over: TakenOver) -> None:
+    old, new = taken_over.rig.machines[-2:]
+    assert new.process.pid == old.process.pid
+    command = new.host.read(PurePosixPath(f"/proc/{new.process.pid}/cmdline"))
+    assert command.decode().removesuffix("\0").split("\0") == new.argv != old.argv
+    assert new.status() == "running"
 
 
 def test_the_device_is_not_reset(taken_over: TakenOver) -> None:

@@ -140,12 +140,13 @@ def test_each_rule_forbids_something_that_no_other_does() -> None:
 def test_the_name_of_a_point_leads_back_to_it() -> None:
     names = {str(point): point for point in product()}
     assert len(names) == count()
-    for name, point in names.items():
+    # Each seventh: a number that no axis has, so that each value comes with each.
+    for name, point in itertools.islice(names.items(), 0, None, 7):
         assert Point.parse(name) == point
 
 
 def test_a_point_is_found_by_all_its_values() -> None:
-    for point in product(irqchip=("split",)):
+    for point in itertools.islice(product(irqchip=("split",)), 0, None, 7):
         assert Point.parse(",".join(f"{n}={getattr(point, n)}" for n in NAMES)) == point
 
 
@@ -221,12 +222,12 @@ def test_what_is_not_named_is_as_usual_wherever_it_can_be() -> None:
         (
             "guest=linux",
             "no axis 'guest': there are "
-            "container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
+            "mode, container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
         ),
         (
             "msi:3",
             "no axis has the value 'msi:3': the axes are "
-            "container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
+            "mode, container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
         ),
         ("kvm", "which kvm is meant: path=kvm or accel=kvm?"),
         ("irq=intx,irq=msi:1", "irq is both intx and msi:1"),
@@ -262,7 +263,7 @@ def test_there_are_hardly_more_points_than_the_two_longest_axes_need() -> None:
 
 
 # To shrink what fails would take minutes.
-@settings(max_examples=30, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(RESTRICTIONS, st.data())
 def test_so_they_do_within_any_restriction_that_leaves_a_point(
     restrict: Mapping[str, Collection[str]], data: st.DataObject
@@ -316,7 +317,7 @@ def test_a_seed_outside_of_the_restriction_is_refused() -> None:
         (
             {"guest": ("linux",)},
             "no axis 'guest': there are "
-            "container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
+            "mode, container, irq, path, accel, iommu, reset, irqchip, apic, bars, endpoint",
         ),
     ],
 )

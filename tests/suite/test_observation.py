@@ -13,7 +13,7 @@ import pytest
 from fixtures.guests.probe import Delivery, Place
 from fixtures.oracle import Mismatch, MsixModel
 from fixtures.oracle.model import InterruptModel, IntxModel, MsiModel
-from fixtures.oracle.observation import compare, expect_same
+from fixtures.oracle.observation import compare, expect_same, expect_same_counts
 from fixtures.rig import Rig
 
 
@@ -303,3 +303,13 @@ def test_what_differs_is_told_with_its_place(after: bytes, says: str) -> None:
     with pytest.raises(Mismatch) as caught:
         expect_same("it", bytes(8), after)
     assert str(caught.value) == says
+
+
+def test_equal_counts_are_the_same_also_where_there_is_none() -> None:
+    expect_same_counts("descriptors", {"eventfd": 2, "socket": 0}, {"eventfd": 2})
+
+
+def test_counts_that_differ_are_named_with_what_was_and_is_there() -> None:
+    with pytest.raises(Mismatch) as caught:
+        expect_same_counts("descriptors", {"a": 1, "b": 2, "c": 3}, {"b": 2, "c": 1, "d": 1})
+    assert str(caught.value) == "descriptors differ: a 1 -> 0, c 3 -> 1, d 0 -> 1"
