@@ -21,7 +21,7 @@ from fixtures.waiting import DeadlineError, until
 from images.cache import Cache
 
 ROOT = Path(__file__).parents[2]
-CHEAP = "test_takeover and msix:8 and config_space"
+CHEAP = "test_takeover and msix:8 and config_space and not exec"
 
 pytestmark = pytest.mark.xdist_group("killed")  # one at a time: each boots a lab host
 

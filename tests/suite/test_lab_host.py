@@ -274,6 +274,12 @@ def test_a_hanging_host_is_lost_also_to_those_who_read_its_memory(
     monkeypatch.setattr(nested, "SIGN_DEADLINE_S", 0.3)
     began = time.monotonic()
     lab.process.signal(signal.SIGSTOP)
+    threads = Path(f"/proc/{lab.process.pid}/task")
+    until(
+        lambda: all(") T " in stat.read_text() for stat in threads.glob("*/stat")),
+        "all of the lab host to stop",
+        10,
+    )
     try:
         with pytest.raises(HostLostError, match=r"a sign of life: waited 0\.3 s"):
             rig.guest.batch([Op(Verb.NOP)])
