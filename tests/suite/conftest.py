@@ -126,6 +126,20 @@ def a_machine(
         Path(machine.spec.ram).unlink(missing_ok=True)
 
 
+#: Old QEMU, and its guest.
+OldQemu = tuple[Machine, ProbeGuest]
+
+
+@pytest.fixture
+def old(a_machine: Callable[..., Machine]) -> OldQemu:
+    """Old QEMU, and its guest, which runs."""
+    machine = a_machine()
+    machine.start()
+    guest = ProbeGuest(machine.host, machine.spec.ram, machine.died)
+    machine.alive(guest.wait_ready)
+    return machine, guest
+
+
 @dataclass
 class Plugged:
     """A machine whose guest sees an ivshmem endpoint of ours: in QEMU itself, without VFIO."""

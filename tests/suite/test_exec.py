@@ -17,17 +17,7 @@ from fixtures.guests.probe import Verb
 from fixtures.machines import Machine
 from fixtures.waiting import until
 
-OldQemu = tuple[Machine, ProbeGuest]
-
-
-@pytest.fixture
-def old(a_machine: Callable[..., Machine]) -> OldQemu:
-    """Old QEMU, and its guest, which runs."""
-    machine = a_machine()
-    machine.start()
-    guest = ProbeGuest(machine.host, machine.spec.ram, machine.died)
-    machine.alive(guest.wait_ready)
-    return machine, guest
+OldQemu = tuple[Machine, ProbeGuest]  # tests/suite/conftest.py
 
 
 @pytest.fixture

@@ -23,17 +23,7 @@ from fixtures.machines import Event, Machine, Monitor
 from fixtures.waiting import until
 from images.errors import SuiteError
 
-OldQemu = tuple[Machine, ProbeGuest]
-
-
-@pytest.fixture
-def old(a_machine: Callable[..., Machine]) -> OldQemu:
-    """Old QEMU, and its guest, which runs."""
-    machine = a_machine()
-    machine.start()
-    guest = ProbeGuest(machine.host, machine.spec.ram, machine.died)
-    machine.alive(guest.wait_ready)
-    return machine, guest
+OldQemu = tuple[Machine, ProbeGuest]  # tests/suite/conftest.py
 
 
 @pytest.fixture
