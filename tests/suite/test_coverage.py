@@ -8,10 +8,12 @@ import subprocess
 import sys
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from fixtures.bench import equipment
+from fixtures.bench import LabBench, equipment
 from fixtures.coverage import MESSAGES, MOVABLE, MSI, MSIX, Coverage
 from fixtures.matrix import Point
 from images.errors import BadInputError
@@ -127,3 +129,10 @@ def test_what_shares_a_takeover_is_tried_together_and_what_shares_a_lab_host_too
             "test_they_can_be_disabled_and_enabled_again_after_cpr",
         )
     }
+
+
+def test_a_qemu_without_a_mode_lacks_the_points_of_that_mode() -> None:
+    subject: Any = SimpleNamespace(capabilities=SimpleNamespace(modes=("normal", "cpr-transfer")))
+    bench = LabBench(subject)
+    assert bench.lacks(Point()) is None
+    assert bench.lacks(Point(mode="cpr-exec")) == "this QEMU has no cpr-exec"
