@@ -18,7 +18,6 @@ from fixtures.rig import Rig, descriptors
 from fixtures.waiting import until
 
 POINTS = Coverage(
-    "msix:8+cpr-exec",
     mode=("cpr-exec",),
     irq=("msix:8", "msi:8", "intx"),
     **SOUND,
