@@ -44,7 +44,7 @@
 #define FW_CFG_CPUS         5
 
 #define TICK_BUSY           1000000     /* 1 ms: both KVM's and TCG's bus is 1 GHz */
-#define TICK_IDLE           10000000    /* a tick costs a lot where QEMU runs nested */
+#define TICK_IDLE           40000000    /* a tick costs a lot where QEMU runs nested */
 #define HOT_CYCLES          500000      /* of the TSC, 1 to 5 GHz: 100 to 500 us */
 #define BUSY_CYCLES         100000000   /* 20 to 100 ms */
 

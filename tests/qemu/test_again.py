@@ -50,14 +50,14 @@ def test_nothing_is_delivered_by_the_takeover(taken_over: TakenOver) -> None:
 def test_the_eventfds_are_still_those_of_the_first_qemu(
     first: TakenOver, taken_over: TakenOver
 ) -> None:
-    assert dict(taken_over.eventfds_before) == dict(first.eventfds_after)
-    assert dict(taken_over.eventfds_after) == dict(first.eventfds_before)
+    assert dict(taken_over.held_before.eventfds) == dict(first.held_after.eventfds)
+    assert dict(taken_over.held_after.eventfds) == dict(first.held_before.eventfds)
 
 
 def test_new_qemu_holds_as_many_descriptors_of_each_kind_as_the_first(
     first: TakenOver, taken_over: TakenOver
 ) -> None:
-    expect_same_counts("descriptors", first.descriptors_before, taken_over.descriptors_after)
+    expect_same_counts("descriptors", first.held_before.counts, taken_over.held_after.counts)
 
 
 def test_config_space_is_the_same(taken_over: TakenOver) -> None:

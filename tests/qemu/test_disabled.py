@@ -42,8 +42,8 @@ def test_it_is_disabled_after_cpr(taken_over: TakenOver) -> None:
 
 @pytest.mark.usefixtures("traces")
 def test_no_vector_has_an_eventfd_in_either_qemu(taken_over: TakenOver) -> None:
-    for held in (taken_over.eventfds_before, taken_over.eventfds_after):
-        assert [key for key in held if key[0] in ("interrupt", "kvm_interrupt")] == []
+    for eventfds in (taken_over.held_before.eventfds, taken_over.held_after.eventfds):
+        assert [key for key in eventfds if key[0] in ("interrupt", "kvm_interrupt")] == []
 
 
 def test_nothing_is_delivered_by_the_takeover(taken_over: TakenOver) -> None:

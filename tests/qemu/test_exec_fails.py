@@ -14,7 +14,7 @@ from fixtures.cpr import CprError, Exec
 from fixtures.machines.machine import Machine
 from fixtures.matrix import Point
 from fixtures.oracle.observation import Observation, expect_same, expect_same_counts
-from fixtures.rig import Rig, descriptors
+from fixtures.rig import Held, Rig, held
 from fixtures.waiting import until
 
 POINTS = Coverage(
@@ -44,8 +44,8 @@ class Attempt:
     refused: CprError
     before: Observation
     after: Observation
-    descriptors_before: dict[str, int]
-    descriptors_after: dict[str, int]
+    held_before: Held
+    held_after: Held
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def attempt(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> At
         rig.fire(*rig.vectors[::4])
     rig.check()
     machine = rig.machine
-    before, held = rig.observe(), descriptors(machine)
+    before, held_before = rig.observe(), held(machine)
     cpr = Exec(machine, Missing(machine.host, machine.spec, "new QEMU"))
     with pytest.raises(CprError) as caught:
         cpr.run()
@@ -68,7 +68,7 @@ def attempt(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> At
     machine.alive(
         lambda: until(lambda: machine.status() == "running", "old QEMU to go on", 10, pause_s=0.01)
     )
-    return Attempt(rig, caught.value, before, rig.observe(), held, descriptors(machine))
+    return Attempt(rig, caught.value, before, rig.observe(), held_before, held(machine))
 
 
 def test_the_failure_is_told(attempt: Attempt) -> None:
@@ -94,7 +94,7 @@ def test_the_device_is_not_reset(attempt: Attempt) -> None:
 
 
 def test_old_qemu_holds_as_many_descriptors_of_each_kind(attempt: Attempt) -> None:
-    expect_same_counts("descriptors", attempt.descriptors_before, attempt.descriptors_after)
+    expect_same_counts("descriptors", attempt.held_before.counts, attempt.held_after.counts)
 
 
 @pytest.mark.limits(irq=MSIX)

@@ -93,9 +93,9 @@ def test_nothing_is_delivered_by_the_takeover(taken_over: TakenOver) -> None:
 
 @pytest.mark.usefixtures("traces")
 def test_only_vectors_that_were_used_have_eventfds(taken_over: TakenOver, mix: Mix) -> None:
-    vectors = {n for name, n in taken_over.eventfds_before if name == "interrupt"}
+    vectors = {n for name, n in taken_over.held_before.eventfds if name == "interrupt"}
     assert vectors == {*mix.unmasked, *mix.masked, *mix.pending}
-    assert dict(taken_over.eventfds_after) == dict(taken_over.eventfds_before)
+    assert dict(taken_over.held_after.eventfds) == dict(taken_over.held_before.eventfds)
 
 
 def test_unmasked_vectors_fire_beside_the_others(taken_over: TakenOver, mix: Mix) -> None:

@@ -114,10 +114,10 @@ def test_qemu_handles_each_interrupt_itself_again(taken_over: TakenOver) -> None
 def test_new_qemu_holds_the_same_eventfds_by_name_and_vector(
     taken_over: TakenOver, point: Point
 ) -> None:
-    before = taken_over.eventfds_before
+    before = taken_over.held_before.eventfds
     assert set(before) >= eventfds_of(point, taken_over.rig.vectors)
     assert all(identity >= 0 for identity in before.values())
-    assert dict(taken_over.eventfds_after) == dict(before)
+    assert dict(taken_over.held_after.eventfds) == dict(before)
 
 
 def test_new_qemu_holds_as_many_descriptors_of_each_kind(
@@ -125,8 +125,8 @@ def test_new_qemu_holds_as_many_descriptors_of_each_kind(
 ) -> None:
     """None is leaked, and none is missing: eventfds, vfio's, KVM's, memory."""
     wanted = len(eventfds_of(point, taken_over.rig.vectors))
-    assert taken_over.descriptors_before["anon_inode:[eventfd]"] >= wanted
-    expect_same_counts("descriptors", taken_over.descriptors_before, taken_over.descriptors_after)
+    assert taken_over.held_before.counts["anon_inode:[eventfd]"] >= wanted
+    expect_same_counts("descriptors", taken_over.held_before.counts, taken_over.held_after.counts)
 
 
 def test_config_space_is_the_same(taken_over: TakenOver) -> None:
