@@ -169,6 +169,21 @@ def test_a_new_qemu_that_refuses_a_device_is_told_with_its_last_words(
     assert_goes_on(old)
 
 
+def test_old_qemu_is_given_a_moment_to_see_that_new_qemu_has_gone() -> None:
+    states = iter(("active", "active", "failed"))
+    monitor = SimpleNamespace(
+        events=[Event("MIGRATION", 1.0, {"status": "active"})],
+        execute=lambda *_, **__: {"status": next(states), "error-desc": "it has gone"},
+    )
+    old = SimpleNamespace(monitor=monitor, died=lambda: None)
+    new = SimpleNamespace(is_started=True, died=lambda: "ended with 1")
+    transfer = Transfer(old, new)  # type: ignore[arg-type]
+    transfer._mark = 0
+    assert transfer._old_says() == (
+        "old QEMU: migration failed: it has gone\nnew QEMU ended with 1"
+    )
+
+
 class Deaf(Machine):
     """A new QEMU that listens on nothing."""
 

@@ -47,6 +47,13 @@ def test_between_two_questions_there_is_a_pause() -> None:
     assert all(b - a >= 0.02 for a, b in itertools.pairwise(asked))
 
 
+def test_before_the_first_question_there_is_a_rest_within_the_deadline() -> None:
+    began = time.monotonic()
+    assert until(lambda: time.monotonic() - began, "it", 10, first_s=0.05) >= 0.05
+    with pytest.raises(DeadlineError):
+        until(lambda: None, "a sign", 0.05, first_s=600)
+
+
 def test_soon_is_now_or_in_a_moment_or_not_at_all() -> None:
     assert soon(lambda: "now") == "now"
     later = time.monotonic() + 0.1
