@@ -296,9 +296,9 @@ def test_the_guest_is_alive_but_idle(probe: Probe) -> None:
     time.sleep(1)
     passes, ticked = probe.loops - loops, probe.counter(TIMER) - ticks
     assert probe.u64(0x028) > tsc
-    # A hundred ticks a second when nobody asks anything, a thousand when somebody just has.
-    assert 30 < ticked < 500
-    assert 30 < passes < 10 * ticked
+    # 25 ticks a second when nobody asks anything, a thousand when somebody just has.
+    assert 10 < ticked < 500
+    assert 10 < passes < 10 * ticked
     assert cpu_seconds() - cpu < 0.5
 
 
