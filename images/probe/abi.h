@@ -6,7 +6,7 @@
  * physical PROBE_MAILBOX lies a struct probe_mailbox, little endian, every
  * field naturally aligned.  The guest clears it when it starts, all but what
  * log_count and cpus do not cover, so the harness may write nothing before it
- * has seen PROBE_READY.
+ * has seen PROBE_READY.  It keeps it when it is woken up.
  *
  * The first CPU, the one with APIC ID 0, carries out what the harness asks for.
  * The others, if there are any, only take interrupts, and are all up when
@@ -43,7 +43,7 @@
 
 #define PROBE_MAILBOX   0x80000
 #define PROBE_MAGIC     0x52504356      /* the bytes "VCPR" */
-#define PROBE_VERSION   4
+#define PROBE_VERSION   5
 
 #define PROBE_VECTORS   256
 #define PROBE_OPS       384
@@ -59,6 +59,8 @@ enum probe_state {
     PROBE_READY = 1,
     /* An exception.  Its CPU has stopped for good, and so has the first one. */
     PROBE_FAULTED = 2,
+    /* By PROBE_SLEEP, and until all CPUs are up again. */
+    PROBE_ASLEEP = 3,
 };
 
 enum probe_opcode {
@@ -95,6 +97,13 @@ enum probe_opcode {
      * exception.  Each vector has its own.
      */
     PROBE_ACKNOWLEDGE = 13,
+    /*
+     * address = port of a chipset, value = what puts the machine to sleep there.
+     * The batch ends with it, and is answered when the guest has been woken up: by
+     * a reset which finds PROBE_ASLEEP and what else is in RAM as it was.  After
+     * that CPUs are as after any reset, and mailbox and acknowledgements as before.
+     */
+    PROBE_SLEEP = 14,
 };
 
 struct probe_op {

@@ -10,6 +10,8 @@
     .set DATA, 16
     .set CR0_PE_ET, 0x11        /* and, unlike at reset, caches on */
     .set LAPIC_ID, 0xfee00020   /* bits 31 to 24 of this register */
+    .set STATE, 0x80008         /* of the mailbox */
+    .set ASLEEP, 3              /* PROBE_ASLEEP */
     .set CPUS, 32               /* PROBE_CPUS */
     .set STACK_SIZE_LOG2, 12
 
@@ -69,12 +71,16 @@ start:
     add     $stacks, %esp
     test    %ebx, %ebx
     jnz     1f
-    /* RAM holds whatever it did before a system reset. */
+    /* RAM holds whatever it did before a system reset, and keeps it if we slept. */
+    cmpl    $ASLEEP, STATE
+    je      2f
     xor     %eax, %eax
     mov     $bss_start, %edi
     mov     $bss_dwords, %ecx
     rep stosl
     call    probe_main
+2:
+    call    probe_wake
 1:
     push    %ebx
     call    ap_main

@@ -94,6 +94,7 @@ static struct {
 
 void interrupt(const struct frame *frame);
 _Noreturn void probe_main(void);
+_Noreturn void probe_wake(void);
 _Noreturn void ap_main(uint32_t id);
 
 static uint32_t load(uint32_t address, uint32_t width)
@@ -390,9 +391,19 @@ static bool acceptable(uint32_t opcode, uint32_t width, uint64_t address, uint64
         return address < 1ull << 32;
     case PROBE_PORT_IN:
     case PROBE_PORT_OUT:
+    case PROBE_SLEEP:
         return address < 1 << 16;
     }
     return false;
+}
+
+/* The machine resets this CPU, which then begins at probe_wake(). */
+static _Noreturn void sleep(uint16_t port, uint32_t width, uint32_t value)
+{
+    interrupts_disable();
+    mailbox->state = PROBE_ASLEEP;
+    port_out(port, width, value);
+    stop();
 }
 
 static void execute(volatile struct probe_op *op, uint32_t width, uint32_t address)
@@ -438,6 +449,8 @@ static void execute(volatile struct probe_op *op, uint32_t width, uint32_t addre
     case PROBE_ACKNOWLEDGE:
         acknowledge(value >> 32, address, value);
         break;
+    case PROBE_SLEEP:
+        sleep(address, width, value);
     }
 }
 
@@ -495,7 +508,9 @@ static void cpu_setup(struct cpu *cpu)
 {
     struct table_register idtr = { sizeof(idt) - 1, (uint32_t)idt };
 
-    clear(mailbox->taken[cpu - cpus], sizeof(mailbox->taken[0]));
+    if (mailbox->state != PROBE_ASLEEP) {
+        clear(mailbox->taken[cpu - cpus], sizeof(mailbox->taken[0]));
+    }
     asm volatile("lidt %0" : : "m"(idtr) : "memory");
     lapic_write(cpu, LAPIC_SVR, LAPIC_SVR_ENABLE | PROBE_SPURIOUS);
     __sync_fetch_and_add(&mailbox->cpus, 1);
@@ -579,11 +594,9 @@ void ap_main(uint32_t id)
     }
 }
 
-void probe_main(void)
+/* From a reset to taking requests. */
+static _Noreturn void run(void)
 {
-    clear(mailbox, offsetof(struct probe_mailbox, log));
-    mailbox->version = PROBE_VERSION;
-    mailbox->magic = PROBE_MAGIC;
     port_out(PIC_MASTER_MASK, 1, 0xff);
     port_out(PIC_SLAVE_MASK, 1, 0xff);
     idt_setup();
@@ -593,4 +606,26 @@ void probe_main(void)
     interrupts_enable();
     mailbox->state = PROBE_READY;
     main_loop();
+}
+
+void probe_main(void)
+{
+    clear(mailbox, offsetof(struct probe_mailbox, log));
+    mailbox->version = PROBE_VERSION;
+    mailbox->magic = PROBE_MAGIC;
+    run();
+}
+
+void probe_wake(void)
+{
+    mailbox->cpus = 0;
+    for (uint32_t id = 0; id < PROBE_CPUS; id++) {
+        cpus[id] = (struct cpu) { .tasks = tasks };
+    }
+    /* Whoever held it is gone. */
+    lock_release();
+    /* The request for sleep, which is what main_loop() would find. */
+    mailbox->result = 0;
+    mailbox->done = mailbox->request;
+    run();
 }

@@ -138,6 +138,7 @@ def test_a_pass_fails_and_asks_whether_it_was_fixed(issues: Sequence[KnownIssue]
     assert report.failed
     for word in ("hot-reset", "11.1.3", "Fixed?", "known_issues.toml"):
         assert word in str(report.longrepr)
+    assert notes["reason"] == report.longrepr, "xdist puts a line of its own before the latter"
     assert notes["blame"] == "qemu", "what the QEMU does is not what is known of it"
 
 

@@ -42,7 +42,7 @@ def can_be(point: Mapping[str, str]) -> bool:
 def fails(point: Values) -> bool:
     """A known issue breaks it."""
     values = dict(zip(NAMES, point, strict=True))
-    return (
+    return values["mode"] != "cpr-reboot" and (
         (values["container"], values["bars"]) == ("iommufd", "mmap")
         or values["accel"] == "tcg"
         or (values["path"] == "qemu" and values["irq"] != "intx")
