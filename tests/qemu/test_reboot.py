@@ -18,15 +18,6 @@ from fixtures.rig import Held, Rig, held
 POINTS = Coverage(mode=("cpr-reboot",), irq=("msix:8", "msi:8", "intx"), irqchip=("full",))
 
 
-def use_all(rig: Rig) -> None:
-    """What a driver does that wants every vector, and then each of them."""
-    rig.enable()
-    rig.program(*rig.vectors)
-    rig.unmask(*rig.vectors)
-    rig.fire(*rig.vectors)
-    rig.check()
-
-
 @dataclass(frozen=True)
 class Attempt:
     """A CPR of a guest that did not sleep, with what was seen on either side of it.
@@ -45,7 +36,7 @@ class Attempt:
 def attempt(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Attempt:
     rig = bench.rig(point, request.addfinalizer)
     at_first = rig.function.config()
-    use_all(rig)
+    rig.use_all()
     if point.irq in MSIX:
         rig.mask(*rig.vectors[::2])
         rig.fire(*rig.vectors[::4])
@@ -104,7 +95,7 @@ def woken(asleep: Asleep) -> Woken:
     before = rig.guest.look()
     rig.wake()
     result = Woken(rig, before, rig.guest.look(), rig.function.config())
-    use_all(rig)
+    rig.use_all()
     return result
 
 
@@ -195,4 +186,4 @@ def test_they_can_do_it_again(rig: Rig) -> None:
     rig.suspend()
     rig.hand_over()
     rig.wake()
-    use_all(rig)
+    rig.use_all()

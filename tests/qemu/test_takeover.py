@@ -24,11 +24,7 @@ def taken_over(request: pytest.FixtureRequest, bench: LabBench, point: Point) ->
 
 def set_up(bench: LabBench, point: Point, at_end: AtEnd) -> TakenOver:
     rig = bench.rig(point, at_end)
-    rig.enable()
-    rig.program(*rig.vectors)
-    rig.unmask(*rig.vectors)
-    rig.fire(*rig.vectors)
-    rig.check()
+    rig.use_all()
     return rig.take_over()
 
 
@@ -195,8 +191,4 @@ def test_they_can_be_disabled_and_enabled_again_after_cpr(taken_over: TakenOver)
     rig = taken_over.rig
     rig.mask(*rig.vectors)
     rig.disable()
-    rig.enable()
-    rig.program(*rig.vectors)
-    rig.unmask(*rig.vectors)
-    rig.fire(*rig.vectors)
-    rig.check()
+    rig.use_all()

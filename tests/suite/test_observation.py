@@ -305,6 +305,11 @@ def test_what_differs_is_told_with_its_place(after: bytes, says: str) -> None:
     assert str(caught.value) == says
 
 
+def test_of_many_differences_some_are_said() -> None:
+    with pytest.raises(Mismatch, match=r"it differs: 0x0: 00 -> 01, .* and at 36 more places$"):
+        expect_same("it", bytes(100), b"\1" * 100, 1)
+
+
 def test_equal_counts_are_the_same_also_where_there_is_none() -> None:
     expect_same_counts("descriptors", {"eventfd": 2, "socket": 0}, {"eventfd": 2})
 
