@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -391,3 +392,17 @@ def test_an_error_is_tried_again_and_stops_nothing(qualify: Callable[..., _Build
     assert made.results["strange"].outcome == "error"
     assert made.results["next"].outcome == "caught"
     assert qualify(*faults).verified == ["strange"]
+
+
+def test_what_two_verifications_are_made_of_goes_with_the_last(tmp_path: Path) -> None:
+    """The base is verified as usual and at named points: two binaries, which are equal."""
+    gone: list[object] = []
+    one, other = tmp_path / "one", tmp_path / "other"
+    for binary in (one, other):
+        binary.write_bytes(b"the same")
+    qualifier = Qualifier(tmp_path, SimpleNamespace(discard=gone.append), ())  # type: ignore[arg-type]
+    with qualifier._images(one):
+        with qualifier._images(other):
+            pass
+        assert gone == []
+    assert len(gone) == 2
