@@ -27,7 +27,7 @@ MAILBOX = 0x80000
 STARTING, READY, FAULTED = range(3)
 CFG_READ, CFG_WRITE, MMIO_READ, MMIO_WRITE = 1, 2, 3, 4
 PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
-X2APIC, LOGICAL, ACKNOWLEDGE = 11, 12, 13
+X2APIC, LOGICAL, ACKNOWLEDGE, SLEEP = 11, 12, 13, 14
 OPS, LOG, CPUS, TIMER, SPURIOUS = 384, 4096, 32, 0xEF, 0xFF
 
 SCRATCH = 0x200000
@@ -280,7 +280,7 @@ def test_a_failed_build_names_the_command(tmp_path: Path) -> None:
 def test_the_guest_introduces_itself(probe: Probe) -> None:
     assert probe.state == READY
     assert probe.ram[MAILBOX : MAILBOX + 4] == b"VCPR"
-    assert probe.u32(0x004) == 4
+    assert probe.u32(0x004) == 5
     assert probe.cpus == 1
 
 
@@ -351,7 +351,9 @@ def test_msrs(probe: Probe) -> None:
     "refused",
     [
         (0, 4, 0, 0),
-        (14, 4, 0, 0),
+        (15, 4, 0, 0),
+        (SLEEP, 8, 0xB004, 0),
+        (SLEEP, 2, 0x10000, 0),
         (MMIO_READ, 0, SCRATCH, 0),
         (MMIO_READ, 3, SCRATCH, 0),
         (MMIO_WRITE, 8, SCRATCH, 0),
