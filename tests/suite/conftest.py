@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,14 @@ from images.sysroot import Sysroot
 #: Both kinds of host.  A lab host is worth sharing: one worker gets all tests that use it.
 ON_LAB = pytest.mark.xdist_group("lab host")
 HOSTS = ["this machine", pytest.param("a lab host", marks=ON_LAB)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeded_signals() -> None:
+    """What tests start is ended by Ctrl-C and the like, also where we were told to ignore them:
+    as what runs in the background or under nohup is."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
