@@ -39,3 +39,7 @@ if [ ! -e "$venv/complete" ]; then
     fi
     exec 9>&-
 fi
+
+# Kept from run to run, and not in the source tree: what pytest makes of its plugins takes seconds.
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX="$cache/bytecode"
