@@ -83,6 +83,6 @@ def test_a_request_that_nobody_answers_any_more_ends(rig: Rig, endpoint: VfioUse
     with endpoint.silence():
         answers, reader = read_in_vain(rig, endpoint)
         endpoint.die()
-        reader.join(10.0)
+        reader.join(3 * PATIENCE_MS / 1000)
     assert answers == [NOTHING]
     assert rig.machine.status() == "running"
