@@ -116,6 +116,10 @@ def test_any_sequence_of_steps_with_cpr_is_as_the_specification_says(
     plan: Plan,
     keep_script: Callable[[str], None],
 ) -> None:
+    play(sequences(bench, point), plan, request.addfinalizer, keep_script)
+
+
+def sequences(bench: LabBench, point: Point, *, cpr: bool = True) -> Scene:
     line = "rig = bench.rig(point, request.addfinalizer)"
     # Known issue msi-shows-no-pending-bits.
     setting = Setting(
@@ -124,5 +128,4 @@ def test_any_sequence_of_steps_with_cpr_is_as_the_specification_says(
     names = {"bench": bench, "point": point}
     # Known issue gap-crashes-msix-enable.
     gaps = Version(bench.subject.capabilities.version.split()[0]) >= Version("11")
-    scene = Scene(st.just(setting), names, LAB.format(point=point), cpr=True, gaps=gaps)
-    play(scene, plan, request.addfinalizer, keep_script)
+    return Scene(st.just(setting), names, LAB.format(point=point), cpr=cpr, gaps=gaps)
