@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from images import apt, cpio, kernel_build, needs, probe
 from images.cache import Cache, Recipe, digest, sha256_of
@@ -26,6 +26,7 @@ __all__ = [
     "FromPackages",
     "Kernel",
     "LabRoot",
+    "LinuxGuest",
     "PackagedQemu",
     "Probe",
     "SysrootImage",
@@ -432,6 +433,50 @@ class LabRoot(FromPackages):
             (tree / "usr/sbin/init").chmod(0o755)
             Tools.erofs(tree, into / "root.erofs", cache, progress)
         shutil.rmtree(tree)
+
+
+class LinuxGuest(FromPackages):
+    """The Linux guest: an ``initrd`` of busybox and the guest agent, for the lab host's kernel.
+
+    Uncompressed: under emulation, reading is cheaper than inflating.
+    """
+
+    name = "linux-guest"
+    title = "Linux guest"
+    space = 200 << 20
+    critical = ("initrd",)
+    packages = ("qemu-guest-agent", "busybox-static")
+    init = HERE / "linux" / "init"
+
+    def key(self, cache: Cache) -> str:
+        return digest(super().key(cache), self.init.read_text(), _source_of(cpio))
+
+    def build(self, into: Path, cache: Cache, progress: Progress) -> None:
+        tree = into / "tree"
+        self._unpack(tree, cache, progress)
+        with progress.step(self.title):
+            agent = PurePosixPath("usr/sbin/qemu-ga")
+            archive = cpio.Archive()
+            for directory in ("bin", "dev", "proc", "sys", "run", "tmp", "lib64"):
+                archive.directory(directory)
+            for directory in ("usr", "usr/sbin", "usr/lib", str(LOADER.parent)):
+                archive.directory(directory)
+            archive.device("dev/console", 5, 1)
+            archive.file("init", self.init.read_bytes(), 0o755)
+            archive.file("bin/busybox", (tree / "usr/bin/busybox").read_bytes(), 0o755)
+            archive.file(str(agent), (tree / agent).read_bytes(), 0o755)
+            for library in self._libraries(tree, agent):
+                archive.file(str(LOADER.parent / library.name), library.read_bytes(), 0o755)
+            archive.file("lib64/" + LOADER.name, (tree / LOADER).read_bytes(), 0o755)
+            (into / "initrd").write_bytes(archive.finish())
+        shutil.rmtree(tree)
+
+    @staticmethod
+    def _libraries(tree: Path, program: PurePosixPath) -> list[Path]:
+        """The shared objects of the tree that a program of it needs."""
+        loader, *words = Sysroot(tree).program(program)
+        listing = _run([loader, "--list", *words], f"listing the libraries of {program.name}")
+        return [Path(path) for path in re.findall(r" => (/.*) \(0x\w+\)$", listing, re.M)]
 
 
 class Probe(Recipe):
