@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The Linux guest, in a real QEMU of this machine: TCG, no VFIO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fixtures.guests.linux import LinuxGuest
+from fixtures.guests.probe import GuestError
+from fixtures.hosts import LocalHost
+from fixtures.linux import COMMAND_LINE
+from fixtures.machines import CommandRefusedError, Machine, MachineSpec
+from fixtures.machines.machine import MachineDiedError
+from fixtures.machines.monitor import MonitorLostError
+from fixtures.waiting import DeadlineError
+from images import assets
+from images.cache import Cache
+from images.sysroot import Sysroot
+
+
+@pytest.fixture(scope="module")
+def linux(local: LocalHost, packaged: Sysroot, cache: Cache) -> Iterator[LinuxGuest]:
+    kernel = assets.lab_kernel(cache)
+    if not isinstance(kernel, assets.BuiltKernel):
+        pytest.skip("a Linux guest needs a built kernel")
+    spec = MachineSpec(
+        packaged,
+        None,
+        local.memory / "linux.ram",
+        ram_mb=128,
+        accel="tcg",
+        cpu="max",
+        linux=(
+            local.scratch / "vmlinuz",
+            local.scratch / "initrd",
+            COMMAND_LINE,
+        ),
+        agent=True,
+    )
+    local.put(local.scratch / "vmlinuz", (cache.ensure(kernel) / "vmlinuz").read_bytes())
+    local.put(local.scratch / "initrd", (cache.ensure(assets.LinuxGuest()) / "initrd").read_bytes())
+    machine = Machine(local, spec, "old QEMU")
+    try:
+        machine.start()
+        _ = machine.monitor
+        yield LinuxGuest(machine)
+    finally:
+        machine.close()
+        Path(spec.ram).unlink(missing_ok=True)
+
+
+def test_a_command_runs_to_its_end(linux: LinuxGuest) -> None:
+    assert linux.run(["echo", "a  b"]) == "a  b\n"
+    assert linux.run("echo a; echo b | tr b c") == "a\nc\n"
+    assert linux.run("true") == ""
+
+
+def test_a_command_that_fails_says_what_and_why(linux: LinuxGuest) -> None:
+    with pytest.raises(GuestError, match=r"`cd /nowhere` ended with \d+: .*nowhere"):
+        linux.run("cd /nowhere")
+    with pytest.raises(CommandRefusedError, match="no-such-program"):
+        linux.run(["no-such-program"])
+
+
+def test_a_command_has_a_deadline(linux: LinuxGuest) -> None:
+    with pytest.raises(DeadlineError, match="`sleep 60` in the guest to end"):
+        linux.run(["sleep", "60"], deadline_s=0.2)
+    assert linux.run("echo on") == "on\n"
+
+
+def test_a_file_is_read_to_its_end(linux: LinuxGuest) -> None:
+    linux.run("seq 1 20000 > /tmp/numbers; : > /tmp/empty")
+    assert linux.read("/tmp/numbers").split() == [str(n) for n in range(1, 20001)]
+    assert linux.read("/tmp/empty") == ""
+    assert linux.read("/proc/version").startswith("Linux version ")
+    with pytest.raises(CommandRefusedError, match="nowhere"):
+        linux.read("/nowhere")
+
+
+def test_interrupts_are_counted_by_name(linux: LinuxGuest) -> None:
+    names = linux.interrupts("virtio")
+    assert names
+    linux.run("true")
+    now = linux.interrupts("virtio")
+    assert set(now) == set(names)
+    assert sum(now.values()) > sum(names.values())
+    assert linux.interrupts("nothing of the kind") == {}
+
+
+def test_what_waits_for_a_guest_that_is_stopped_is_told_so(linux: LinuxGuest) -> None:
+    linux.run("true")
+    linux.machine.monitor.execute("stop")
+    try:
+        with pytest.raises(MonitorLostError, match="old QEMU is in paused"):
+            linux.run("true")
+    finally:
+        linux.machine.monitor.execute("cont")
+    assert linux.run("echo on") == "on\n"
+
+
+def test_what_waits_for_a_guest_whose_qemu_dies_is_told_so(linux: LinuxGuest) -> None:
+    linux.run("true")
+    linux.machine.process.kill()
+    with pytest.raises(MachineDiedError, match="was killed by signal 9"):
+        linux.run("true")
