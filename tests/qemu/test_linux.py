@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -18,14 +19,14 @@ class Account:
     :ivar boot: what its kernel has else in each of its lives.
     :ivar uptime_s: since it was booted.
     :ivar carrier_changes: how often the controller has found or lost its carrier.
-    :ivar interrupts: how often each of the controller's has been served.
+    :ivar interrupts: how often each of the controller's has been served, by each CPU.
     :ivar log: its kernel's.
     """
 
     boot: str
     uptime_s: float
     carrier_changes: int
-    interrupts: dict[str, int]
+    interrupts: dict[str, list[int]]
     log: str
 
 
@@ -88,16 +89,36 @@ def test_the_driver_reports_nothing(carried: Carried) -> None:
     assert re.findall(r".*(?:igb|e1000e|eth0|NETDEV|pci|AER|irq).*", new) == []
 
 
-def test_all_data_is_intact_and_each_interrupt_that_came_before_comes_after(
-    carried: Carried,
-) -> None:
+def test_each_interrupt_that_came_before_comes_after(carried: Carried) -> None:
+    came = {name for name, counts in carried.before.interrupts.items() if sum(counts) > 1}
+    assert came
+    assert grown(carried.after.interrupts, carried.linux.guest.interrupts("eth0")) >= came
+
+
+def test_interrupts_come_to_the_cpu_that_they_are_sent_to_after_cpr(carried: Carried) -> None:
+    guest, stream = carried.linux.guest, carried.stream
+    traffic = set(guest.interrupts("eth0-"))
+    assert traffic
+    for cpu in (1, 0):
+        guest.send_interrupts("eth0-", cpu)
+        carried.linux.await_interrupts(traffic, cpu)
+        there = guest.interrupts("eth0-")
+        stream.moves()
+        carried.linux.await_interrupts(traffic, cpu)
+        now = guest.interrupts("eth0-")
+        elsewhere = {name: now[name][1 - cpu] - there[name][1 - cpu] for name in traffic}
+        assert elsewhere == dict.fromkeys(traffic, 0)
+
+
+def test_all_data_is_intact(carried: Carried) -> None:
     sent, received = carried.stream.end()
     assert received
     assert set(received) == {sent}
-    came = {name for name, count in carried.before.interrupts.items() if count > 1}
-    now = carried.linux.guest.interrupts("eth0")
-    assert came
-    assert {name for name, count in now.items() if count > carried.after.interrupts[name]} >= came
+
+
+def grown(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> set[str]:
+    """The names of those that have been served in between."""
+    return {name for name, counts in after.items() if sum(counts) > sum(before[name])}
 
 
 def test_the_interrupt_of_the_link_comes(linux: LinuxRig) -> None:

@@ -33,6 +33,7 @@ def linux(local: LocalHost, packaged: Sysroot, cache: Cache) -> Iterator[LinuxGu
         ram_mb=128,
         accel="tcg",
         cpu="max",
+        cpus=2,
         linux=(
             local.scratch / "vmlinuz",
             local.scratch / "initrd",
@@ -46,7 +47,9 @@ def linux(local: LocalHost, packaged: Sysroot, cache: Cache) -> Iterator[LinuxGu
     try:
         machine.start()
         _ = machine.monitor
-        yield LinuxGuest(machine)
+        guest = LinuxGuest(machine)
+        guest.run("echo 1 > /sys/devices/system/cpu/cpu1/online")
+        yield guest
     finally:
         machine.close()
         Path(spec.ram).unlink(missing_ok=True)
@@ -80,14 +83,26 @@ def test_a_file_is_read_to_its_end(linux: LinuxGuest) -> None:
         linux.read("/nowhere")
 
 
-def test_interrupts_are_counted_by_name(linux: LinuxGuest) -> None:
-    names = linux.interrupts("virtio")
-    assert names
+def test_interrupts_are_counted_by_name_and_cpu(linux: LinuxGuest) -> None:
+    before = linux.interrupts("virtio")
+    assert before
     linux.run("true")
-    now = linux.interrupts("virtio")
-    assert set(now) == set(names)
-    assert sum(now.values()) > sum(names.values())
+    after = linux.interrupts("virtio")
+    assert set(after) == set(before)
+    assert all(len(counts) == 2 for counts in after.values())
+    assert sum(map(sum, after.values())) > sum(map(sum, before.values()))
     assert linux.interrupts("nothing of the kind") == {}
+
+
+@pytest.mark.parametrize("cpu", [1, 0])
+def test_interrupts_are_sent_to_a_cpu(linux: LinuxGuest, cpu: int) -> None:
+    linux.send_interrupts("virtio", cpu)
+    linux.run("true")  # what was on its way has come
+    before = linux.interrupts("virtio")
+    linux.run("true")
+    after = linux.interrupts("virtio")
+    grown = [sum(after[name][n] - before[name][n] for name in after) for n in (0, 1)]
+    assert grown[cpu] > 0 == grown[1 - cpu]
 
 
 def test_what_waits_for_a_guest_that_is_stopped_is_told_so(linux: LinuxGuest) -> None:
