@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from fixtures.bench import ACKNOWLEDGE, LabBench
+from fixtures.bench import ACKNOWLEDGE, Bench, LabBench
 from fixtures.coverage import SOUND, Coverage
 from fixtures.direct import DirectBench
 from fixtures.endpoints.vfio_user import Bar, Description, Msi, Msix
@@ -105,7 +105,7 @@ def test_any_sequence_of_steps_is_as_the_specification_says(
 ) -> None:
     known = (Bar, Description, Msi, Msix, intx, msi, msix)
     names = {each.__name__: each for each in known} | {"direct_bench": direct_bench}
-    scene = Scene(FUNCTIONS[kind], names, DIRECT, cpr=False)
+    scene = Scene(FUNCTIONS[kind], names, DIRECT, cpr=False, gaps=takes_gaps(direct_bench))
     play(scene, plan, request.addfinalizer, keep_script)
 
 
@@ -126,6 +126,10 @@ def sequences(bench: LabBench, point: Point, *, cpr: bool = True) -> Scene:
         line, partial(MODELS[point.kind], point.vectors), point.vectors, point.kind == "msix"
     )
     names = {"bench": bench, "point": point}
-    # Known issue gap-crashes-msix-enable.
-    gaps = Version(bench.subject.capabilities.version.split()[0]) >= Version("11")
-    return Scene(st.just(setting), names, LAB.format(point=point), cpr=cpr, gaps=gaps)
+    text = LAB.format(point=point)
+    return Scene(st.just(setting), names, text, cpr=cpr, gaps=takes_gaps(bench))
+
+
+def takes_gaps(bench: Bench) -> bool:
+    """Known issue gap-crashes-msix-enable."""
+    return Version(bench.subject.capabilities.version.split()[0]) >= Version("11")
