@@ -57,6 +57,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only this point of the matrix; may be given several times",
     )
     group.addoption(
+        "--changed",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="only what can notice a change in this file of QEMU; may be given several times",
+    )
+    group.addoption(
         "--statemachine-steps",
         type=int,
         default=30,
