@@ -51,6 +51,12 @@ def test_the_quick_profile_has_pairs_where_that_is_wanted() -> None:
     assert {point.apic for point in points} == {"xapic"}
 
 
+def test_the_quick_profile_also_has_what_a_module_wants_in_any_case() -> None:
+    coverage = Coverage("msix:1", also=("msix:64+amd-iommu",), irq=("msix:1", "msix:64"))
+    assert names(coverage, "main") == ["msix:1"]
+    assert names(coverage, "quick")[:2] == ["msix:1", "msix:64+amd-iommu"]
+
+
 def test_the_full_profile_has_every_point_within_the_limits() -> None:
     points = COVERAGE.points("full")
     assert set(COVERAGE.points("quick")) < set(points)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Vectors fire all the time, and each again once it is delivered, while new QEMU takes over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from fixtures.bench import LabBench
+from fixtures.coverage import SOUND, Coverage
+from fixtures.cpr import Cpr, Step
+from fixtures.matrix import Point
+from fixtures.rig import Rig
+from fixtures.storm import Storm
+
+POINTS = Coverage(
+    irq=("msix:64", "msi:32"),
+    container=("type1",),
+    **SOUND,
+    iommu=("intel-iommu",),
+    reset=("bus",),
+    irqchip=("full",),
+    apic=("xapic", "smp"),
+    bars=("mmap",),
+)
+
+
+@dataclass(frozen=True)
+class Stormy:
+    """A rig after a CPR in a storm."""
+
+    rig: Rig
+    cpr: Cpr
+    storm: Storm
+
+
+@pytest.fixture(scope="module")
+def stormy(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Stormy:
+    rig = bench.rig(point, request.addfinalizer)
+    rig.use_all()
+    with Storm(rig) as storm:
+        cpr = rig.hand_over()
+    cpr.leave()
+    return Stormy(rig, cpr, storm)
+
+
+def test_it_goes_on_through_all_of_the_takeover(stormy: Stormy) -> None:
+    times, during = stormy.cpr.times, stormy.storm.during
+    assert during(0, times[Step.MIGRATE]) > 0
+    assert during(times[Step.MIGRATE], times[Step.RUNNING]) > 0
+
+
+def test_each_event_is_delivered_exactly_once(stormy: Stormy) -> None:
+    stormy.rig.await_delivery(*stormy.rig.vectors)
+    stormy.rig.check(in_order=False)
+
+
+@pytest.mark.usefixtures("traces")
+def test_vectors_bypass_qemu_again_and_are_delivered_once(stormy: Stormy) -> None:
+    rig = stormy.rig
+    rig.begin()
+    mark = rig.machine.trace_mark()
+    rig.fire(*rig.vectors)
+    rig.check()
+    assert rig.handled_by_qemu(mark) == 0
