@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from fixtures.hosts import Host, LocalHost
+from fixtures.hosts.local import clear_up
 from fixtures.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +129,26 @@ def test_the_guardian_is_deaf_to_what_ends_a_session(
     host._guardian.send_signal(number)
     host.close()
     assert left_of(local, host.token) == ""
+
+
+def test_a_run_clears_up_after_one_whose_guardian_was_killed_with_it(
+    local: LocalHost, run: subprocess.Popen[str], left_of: Callable[[Host, str], str]
+) -> None:
+    assert run.stdout is not None
+    token = run.stdout.readline().strip()
+    directories = [Path(f"{parent}/vfio-cpr-{token}") for parent in ("/tmp", "/dev/shm")]
+    (its_guardian,) = local.run(
+        f"grep -lszx {token} /proc/[0-9]*/cmdline", check=False
+    ).out.splitlines()
+    for directory in directories:
+        os.utime(directory, (0, 0))
+    clear_up()
+    assert left_of(local, token).count("vfio-cpr-") == 2, "that run still lives"
+    os.kill(int(its_guardian.split("/")[2]), signal.SIGKILL)
+    run.kill()
+    run.wait()
+    clear_up()
+    assert left_of(local, token) == ""
 
 
 def test_descriptors_are_passed_to_those_that_are_to_have_them(local: LocalHost) -> None:
