@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from fixtures.guests.linux import LinuxGuest
 from fixtures.guests.probe import GuestError
 from fixtures.hosts import LocalHost
 from fixtures.linux import COMMAND_LINE
+from fixtures.linux.disk import BLOCK_BYTES, COPY_BLOCKS, Copies, Disk
 from fixtures.machines import CommandRefusedError, Machine, MachineSpec
 from fixtures.machines.machine import MachineDiedError
 from fixtures.machines.monitor import MonitorLostError
-from fixtures.waiting import DeadlineError
+from fixtures.waiting import DeadlineError, until
 from images import assets
 from images.cache import Cache
 from images.sysroot import Sysroot
@@ -45,7 +47,8 @@ def linux(local: LocalHost, packaged: Sysroot, cache: Cache) -> Iterator[LinuxGu
     local.put(local.scratch / "initrd", (cache.ensure(assets.LinuxGuest()) / "initrd").read_bytes())
     machine = Machine(local, spec, "old QEMU")
     try:
-        machine.start()
+        options, _ = Disk().endpoint.plug("nvme", "pcie.0", Path(local.scratch))
+        machine.start(options)
         _ = machine.monitor
         guest = LinuxGuest(machine)
         guest.run("echo 1 > /sys/devices/system/cpu/cpu1/online")
@@ -103,6 +106,56 @@ def test_interrupts_are_sent_to_a_cpu(linux: LinuxGuest, cpu: int) -> None:
     after = linux.interrupts("virtio")
     grown = [sum(after[name][n] - before[name][n] for name in after) for n in (0, 1)]
     assert grown[cpu] > 0 == grown[1 - cpu]
+
+
+def test_what_is_repeated_ends_with_its_last_round(linux: LinuxGuest) -> None:
+    linux.run("rm -f /run/a /run/b; mkfifo /run/hold")
+    linux.repeat("echo a >> /run/a; cat /run/hold; echo z >> /run/a", "echo b >> /run/b")
+    until(
+        lambda: (
+            "a\n" in linux.run("cat /run/a 2> /dev/null; true")
+            and len(linux.run("cat /run/b 2> /dev/null; true")) > 10
+        ),
+        "both to be repeated",
+        20,
+        pause_s=0.05,
+    )
+    with pytest.raises(DeadlineError, match="what is repeated in the guest to end"):
+        linux.cease(deadline_s=0.2)
+    linux.run("echo on > /run/hold")
+    linux.cease()
+    assert linux.read("/run/a") == "a\nz\n"
+
+
+def test_copies_that_a_disk_has_are_intact(linux: LinuxGuest) -> None:
+    Disk().bring_up(linux)
+    copies = Copies(linux)
+    portions = copies.end()
+    assert len(portions) >= 2
+    assert all(sent == came for sent, came in portions)
+    assert len({sent for sent, _ in portions}) > 1
+
+
+def test_copies_that_a_disk_has_lost_show(linux: LinuxGuest, local: LocalHost) -> None:
+    copies = Copies(linux)
+    until(
+        lambda: linux.read("/run/sums-0").count("\n") > 1, "two copies in a row", 20, pause_s=0.05
+    )
+    file = Path(local.scratch) / "nvme.disk"
+    file.write_bytes(bytes(file.stat().st_size))
+    portions = copies.end()
+    lost = {came for sent, came in portions if sent != came}
+    assert hashlib.sha256(bytes(COPY_BLOCKS * BLOCK_BYTES)).hexdigest() in lost
+
+
+def test_the_queues_of_a_disk_interrupt_the_cpu_that_they_belong_to(linux: LinuxGuest) -> None:
+    copies = Copies(linux)
+    counts = linux.interrupts(Disk.data)
+    copies.end()
+    assert {name: [n > 0 for n in each] for name, each in counts.items()} == {
+        "nvme0q1": [True, False],
+        "nvme0q2": [False, True],
+    }
 
 
 def test_what_waits_for_a_guest_that_is_stopped_is_told_so(linux: LinuxGuest) -> None:
