@@ -152,3 +152,14 @@ def test_a_second_cpr_carries_it_on(linux: LinuxRig) -> None:
     linux.take_over()
     traffic.moves()
     expect_intact(traffic)
+
+
+def test_after_a_reset_it_boots_and_a_third_cpr_carries_it_on(
+    carried: Carried, linux: LinuxRig
+) -> None:
+    linux.reset()
+    assert account(linux).boot != carried.before.boot
+    traffic = linux.traffic()
+    linux.take_over()
+    traffic.moves()
+    expect_intact(traffic)
