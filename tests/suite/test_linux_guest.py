@@ -36,6 +36,7 @@ def linux(local: LocalHost, packaged: Sysroot, cache: Cache) -> Iterator[LinuxGu
         accel="tcg",
         cpu="max",
         cpus=2,
+        devices=("pcie-root-port,id=port0,chassis=1",),
         linux=(
             local.scratch / "vmlinuz",
             local.scratch / "initrd",
@@ -156,6 +157,27 @@ def test_the_queues_of_a_disk_interrupt_the_cpu_that_they_belong_to(linux: Linux
         "nvme0q1": [True, False],
         "nvme0q2": [False, True],
     }
+
+
+def test_the_guest_sees_what_is_plugged_in_and_lets_go_of_it(linux: LinuxGuest) -> None:
+    def networks() -> list[str]:
+        return linux.run("ls /sys/class/net").split()
+
+    device = "virtio-net-pci,id=late,bus=port0"
+    assert "eth0" not in networks()
+    linux.machine.plug(device)
+    until(lambda: "eth0" in networks(), "the guest to see it", 20, pause_s=0.05)
+    linux.machine.unplug(device)
+    assert "eth0" not in networks()
+    assert device not in linux.machine.spec.devices
+
+
+def test_a_guest_that_was_reset_has_another_agent(linux: LinuxGuest) -> None:
+    linux.run("touch /run/before")
+    boot = linux.read("/proc/sys/kernel/random/boot_id")
+    linux.machine.reset()
+    assert linux.read("/proc/sys/kernel/random/boot_id") != boot
+    assert linux.run("ls /run/before 2> /dev/null || echo none") == "none\n"
 
 
 def test_what_waits_for_a_guest_that_is_stopped_is_told_so(linux: LinuxGuest) -> None:

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from fixtures.guests import ProbeGuest
-from fixtures.machines import Machine
+from fixtures.guests import Op, ProbeGuest
+from fixtures.guests.probe import Verb
+from fixtures.machines import CommandRefusedError, Machine
 from fixtures.machines.machine import MachineDiedError
-from fixtures.waiting import until
+from fixtures.waiting import DeadlineError, until
 
 
 @pytest.fixture
@@ -154,3 +155,31 @@ def test_a_successor_is_of_the_same_make_with_files_of_its_own(machine: Machine)
     assert new.role == "new QEMU"
     for name in ("qmp_path", "log_path", "trace_path", "cpr_path", "main_path"):
         assert getattr(new, name) != getattr(machine, name)
+
+
+def test_what_is_plugged_in_is_of_its_make_until_its_guest_lets_go_of_it(
+    a_machine: Callable[..., Machine],
+) -> None:
+    port, device = "pcie-root-port,id=port0,chassis=1", "virtio-rng-pci,id=late,bus=port0"
+    machine = a_machine(port)
+    machine.start()
+    with pytest.raises(CommandRefusedError, match="'no-such-device' is not a valid device model"):
+        machine.plug("no-such-device,id=late,bus=port0")
+    assert machine.spec.devices == (port,)
+    machine.plug(device)
+    assert machine.spec.devices == machine.successor().spec.devices == (port, device)
+    with pytest.raises(DeadlineError, match="the guest to let go of late"):
+        machine.unplug(device, deadline_s=0.2)
+    assert machine.spec.devices == (port, device)
+
+
+def test_its_guest_begins_anew_when_it_is_reset(machine: Machine) -> None:
+    guest = ProbeGuest(machine.host, machine.spec.ram, machine.died)
+    until(lambda: guest.look().loops > 0, "the guest to run", 10)
+    machine.monitor.execute("stop")
+    guest.forget_ready()
+    machine.reset()
+    machine.monitor.execute("cont")
+    guest.wait_ready()
+    guest.batch([Op(Verb.NOP)])
+    assert guest.look().done == 1

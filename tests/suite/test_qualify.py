@@ -172,8 +172,10 @@ def test_the_table_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
             "| fault | what it breaks | outcome | seen by | s |\n|---|---|---|---|---:|\n"
             "| base | (nothing) | clean, 10 times |  | 50 |\n"
             "| base-at-points | (nothing) | not tried |  | 0 |\n"
+            "| base-with-linux | (nothing) | not tried |  | 0 |\n"
             "| harmless-together | (nothing) | not tried |  | 0 |\n"
             "| harmless-together-at-points | (nothing) | not tried |  | 0 |\n"
+            "| harmless-together-with-linux | (nothing) | not tried |  | 0 |\n"
             "| bad | all | caught | takeover [8]: x | 12 |\n"
             f"| new | all | not tried |  | 0 |\n{END}\nafter\n"
         )
@@ -194,8 +196,10 @@ def test_the_table_of_the_readme_has_the_whole_catalogue() -> None:
         "---",
         "base",
         "base-at-points",
+        "base-with-linux",
         "harmless-together",
         "harmless-together-at-points",
+        "harmless-together-with-linux",
         *(entry.id for entry in load()),
     }
 
@@ -205,16 +209,18 @@ class _Builds(Qualifier):
 
     verified: list[str]
     points: dict[str, tuple[str, ...]]
+    tests: dict[str, str]
     sources: dict[str, str]
 
     def build_base(self) -> Path:
-        self.verified, self.points, self.sources = [], {}, {}
+        self.verified, self.points, self.tests, self.sources = [], {}, {}, {}
         (self.work / "qemu").write_text("elf")
         return self.work / "qemu"
 
     def _verify(self, job: _Job) -> Result:
         self.verified.append(job.fault.id)
         self.points[job.fault.id] = job.fault.points
+        self.tests[job.fault.id] = job.fault.tests
         self.sources[job.fault.id] = job.binary.read_text()
         if job.fault.id == "strange":
             raise OSError("no such thing")
@@ -270,6 +276,24 @@ def test_a_fault_is_tried_at_its_points_by_its_tests_and_then_by_all(
     assert result.outcome == "MISSED"
     points = ["--point", "intx", "--point", "msi:8"]
     assert asked == [["-k", "test_takeover", *points], points]
+
+
+def test_a_fault_for_a_linux_guest_is_tried_by_its_tests_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(argv[argv.index("--verdict-json") + 2 :])
+        return subprocess.CompletedProcess(argv, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(Cache, "discard", lambda *_: None)
+    bad = fault_named("bad", tests="test_linux", guest="linux")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/qemu").touch()
+    assert qualifier(tmp_path)._verify(_Job(bad, tmp_path / "bin/qemu")).outcome == "MISSED"
+    assert asked == [["-k", "test_linux", "--profile", "quick"]]
 
 
 @pytest.fixture
@@ -356,6 +380,19 @@ def test_the_base_is_also_verified_at_all_points_that_faults_name(
     assert made.points["base-at-points"] == ("intx", "msi:8")
     assert qualify(*faults[1:]).verified == []
     assert qualify(faults[0]).verified == ["base-at-points"]
+
+
+def test_the_base_is_also_verified_by_the_tests_of_faults_for_linux_guests(
+    qualify: Callable[..., _Builds],
+) -> None:
+    faults = [
+        Fault(name, "file.c", "victim", ((r"i \+ 1", "0"),), "all", tests, guest="linux")
+        for name, tests in (("a", "one and two"), ("b", "three"))
+    ]
+    made = qualify(*faults)
+    assert made.verified == ["base", "base-with-linux", "a", "b"]
+    assert made.tests["base-with-linux"] == "(one and two) or (three)"
+    assert made.tests["base"] == ""
 
 
 def test_harmless_edits_are_also_verified_together_at_those_points(

@@ -131,7 +131,37 @@ def test_a_machine_can_be_taken_over_again_and_again(old: OldQemu, done: Transfe
         again.new.close()
 
 
+PORT = "pcie-root-port,id=port0,chassis=1,addr=0x5"
+
+
+def test_new_qemu_can_be_given_devices_by_its_monitor(a_machine: Callable[..., Machine]) -> None:
+    late = "virtio-rng-pci,id=late,bus=port0"
+    machine = a_machine(PORT, late)
+    machine.start()
+    transfer = Transfer(machine, late=[late])
+    try:
+        new = transfer.run()
+        assert new.status() == "running"
+        assert late not in new.argv
+        assert new.spec == machine.spec
+        assert list(transfer.times)[3:5] == [Step.MONITOR, Step.PLUG]
+        new.monitor.execute("qom-list", {"path": "/machine/peripheral/late"})
+    finally:
+        transfer.new.close()
+
+
 # It fails.
+
+
+def test_a_new_qemu_that_refuses_a_device_of_its_monitor_is_quoted(
+    a_machine: Callable[..., Machine], failing: Callable[..., CprError]
+) -> None:
+    late = "virtio-rng-pci,id=late,addr=0x6"
+    machine = a_machine(late)
+    machine.start()
+    error = failing(Transfer(machine, late=[late]))
+    assert error.step == Step.PLUG
+    assert "new QEMU refused device_add: Bus 'pcie.0' does not support hotplugging" in str(error)
 
 
 class Misled(Machine):
