@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""New QEMU dies when the guest has been stopped for it; the guest goes on in old QEMU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from fixtures.bench import LabBench
+from fixtures.coverage import MSIX, SOUND, Coverage
+from fixtures.cpr import Failing
+from fixtures.matrix import Point
+from fixtures.oracle.observation import Observation, expect_same, expect_same_counts
+from fixtures.rig import Held, Rig, held
+
+POINTS = Coverage(
+    "msix:8",
+    also=("msi:8", "intx", "iommufd,bars=trap"),
+    mode=("cpr-transfer",),
+    irq=("msix:8", "msi:8", "intx"),
+    **SOUND,
+    iommu=("intel-iommu",),
+    reset=("bus",),
+    apic=("xapic",),
+)
+
+#: Of four vectors in a row: those that are masked, the one that fires before the CPR, and those
+#: that fire while the guest is stopped for it.
+MASKED, BEFORE, MEANWHILE = (2, 3), 2, (0, 3)
+
+
+def some(rig: Rig, *rest: int) -> list[int]:
+    return [n for n in rig.vectors if n % 4 in rest]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A CPR that failed, with what was seen on either side of it."""
+
+    rig: Rig
+    cpr: Failing
+    before: Observation
+    after: Observation
+    held_before: Held
+    held_after: Held
+
+
+@pytest.fixture(scope="module")
+def attempt(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Attempt:
+    rig = bench.rig(point, request.addfinalizer)
+    rig.use_all()
+    if point.irq in MSIX:
+        rig.mask(*some(rig, *MASKED))
+        rig.fire(*some(rig, BEFORE))
+        rig.check()
+    rig.begin()
+    before, held_before = rig.observe(), held(rig.machine)
+
+    def meanwhile() -> None:
+        rig.model.stop()
+        rig.fire(*some(rig, *MEANWHILE))
+
+    cpr = Failing(rig.machine, rig.machine.successor(), Failing.kill, between=meanwhile)
+    rig.machines.append(cpr.new)
+    cpr.fail()
+    rig.model.cont()
+    return Attempt(rig, cpr, before, rig.observe(), held_before, held(rig.machine))
+
+
+@pytest.fixture
+def rig(attempt: Attempt) -> Rig:
+    return attempt.rig
+
+
+def test_the_failure_is_told(attempt: Attempt) -> None:
+    assert attempt.cpr.told
+
+
+def test_what_fired_meanwhile_is_delivered_exactly_once_and_nothing_else(rig: Rig) -> None:
+    rig.await_delivery(*rig.model.delivered)
+    rig.check(in_order=False)
+
+
+def test_masks_are_the_same(attempt: Attempt) -> None:
+    assert attempt.after.masked == attempt.before.masked
+
+
+@pytest.mark.limits(irq=MSIX)
+def test_what_was_pending_and_what_fired_while_masked_is_pending(attempt: Attempt) -> None:
+    assert attempt.before.pending == set(some(attempt.rig, BEFORE))
+    assert attempt.after.pending == set(some(attempt.rig, *MASKED))
+
+
+def test_config_space_and_msix_table_are_the_same(attempt: Attempt) -> None:
+    expect_same("configuration space", attempt.before.config, attempt.after.config)
+    expect_same("the MSI-X table", attempt.before.table, attempt.after.table, 16)
+
+
+def test_the_device_is_not_reset(attempt: Attempt) -> None:
+    assert attempt.after.witness == attempt.before.witness != 0
+
+
+def test_old_qemu_holds_as_many_descriptors_of_each_kind(attempt: Attempt) -> None:
+    expect_same_counts("descriptors", attempt.held_before.counts, attempt.held_after.counts)
+
+
+@pytest.mark.limits(irq=MSIX)
+def test_pending_vectors_are_delivered_once_when_unmasked(rig: Rig) -> None:
+    rig.begin()
+    rig.unmask(*some(rig, *MASKED))
+    rig.await_delivery(*some(rig, *MASKED))
+    rig.check(in_order=False)
+
+
+@pytest.mark.usefixtures("traces")
+def test_vectors_bypass_qemu_as_before(rig: Rig) -> None:
+    rig.begin()
+    mark = rig.machine.trace_mark()
+    rig.fire(*rig.vectors)
+    rig.check()
+    assert rig.handled_by_qemu(mark) == 0
+
+
+def test_a_cpr_after_that_succeeds_and_every_vector_fires(rig: Rig) -> None:
+    rig.take_over()
+    rig.begin()
+    rig.fire(*rig.vectors)
+    rig.check()
