@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from fixtures.bench import LabBench, Survivor
 from fixtures.endpoints.vfio_user import VfioUserEndpoint
+from fixtures.matrix import Point
 from fixtures.rig import Rig
 from fixtures.subject import Subject
 
@@ -24,6 +26,12 @@ def endpoint(rig: Rig) -> VfioUserEndpoint:
     """The server behind the device of a rig that was set up without a lab host."""
     assert isinstance(rig.endpoint, VfioUserEndpoint)
     return rig.endpoint
+
+
+@pytest.fixture(scope="module")
+def survivor(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Survivor:
+    """What to try on that a QEMU may not survive."""
+    return Survivor(bench, point, request.addfinalizer)
 
 
 @pytest.fixture

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A CPR fails; the guest goes on in old QEMU as if nothing had been, and the next CPR succeeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fixtures.bench import Survivor
+from fixtures.coverage import SOUND, Coverage
+from fixtures.cpr import Failing, Step
+from fixtures.oracle.observation import expect_same
+
+POINTS = Coverage(
+    also=("msix:8", "iommufd,bars=trap"),
+    mode=("cpr-transfer",),
+    irq=("msix:8",),
+    **SOUND,
+    iommu=("intel-iommu",),
+    endpoint=("ivshmem",),
+    irqchip=("full",),
+    apic=("xapic",),
+)
+
+MASKED, PENDING, MEANWHILE = (4, 5, 6), (4,), (0, 5)
+
+
+def expect_rollback(
+    survivor: Survivor,
+    fault: Callable[[Failing], None] | None = None,
+    at: Step = Step.FROZEN,
+    *,
+    return_path: bool = True,
+    devices: Callable[[str], tuple[str, ...]] = lambda device: (device,),
+    **changes: Any,
+) -> Failing:
+    """Have a CPR go wrong, and look; then do one.
+
+    :param devices: those of new QEMU, by that of old QEMU.
+    :param changes: what else differs in new QEMU.
+    """
+    with survivor.rig() as rig:
+        rig.begin()
+        rig.mask(*MASKED)
+        rig.fire(*PENDING)
+        rig.check()
+        before = rig.observe()
+
+        def meanwhile() -> None:
+            if at is Step.FROZEN:
+                rig.model.stop()
+            rig.fire(*MEANWHILE)
+
+        cpr = Failing(
+            rig.machine,
+            rig.machine.successor(devices=devices(*rig.machine.spec.devices), **changes),
+            fault,
+            at=at,
+            between=meanwhile,
+            return_path=return_path,
+        )
+        rig.machines.append(cpr.new)
+        cpr.fail()
+        if rig.model.stopped:
+            rig.model.cont()
+        rig.await_delivery(*rig.model.delivered)
+        rig.check()
+        after = rig.observe()
+        assert cpr.told
+        assert after.masked == before.masked == set(MASKED)
+        assert after.pending == rig.model.pending
+        assert after.witness == before.witness != 0
+        expect_same("configuration space", before.config, after.config)
+        expect_same("the MSI-X table", before.table, after.table, 16)
+        rig.take_over()
+        rig.begin()
+        rig.unmask(*MASKED)
+        rig.await_delivery(*rig.model.delivered)
+        rig.fire(*rig.vectors)
+        rig.check(in_order=False)
+        rig.machines.remove(cpr.new)
+        return cpr
+
+
+def test_new_qemu_dies_before_old_qemu_calls_it(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.kill, Step.LISTENING)
+
+
+def test_new_qemu_dies_before_it_reads_the_cpr_state(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.kill, Step.MIGRATE)
+
+
+def test_the_cpr_is_cancelled_before_new_qemu_reads_the_cpr_state(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.cancel, Step.MIGRATE)
+
+
+def test_the_cpr_is_cancelled_when_the_guest_has_been_stopped(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.cancel)
+
+
+def test_new_qemu_of_a_cpr_that_is_cancelled_ends_with_an_error(survivor: Survivor) -> None:
+    assert expect_rollback(survivor, Failing.cancel).new.crash is None
+
+
+def test_the_main_channel_is_cut(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.cut)
+
+
+def test_new_qemu_has_another_machine_type(survivor: Survivor) -> None:
+    expect_rollback(survivor, machine="pc")
+
+
+def test_new_qemu_has_no_such_device(survivor: Survivor) -> None:
+    expect_rollback(survivor, devices=lambda _: ())
+
+
+def test_new_qemu_has_the_device_in_another_slot(survivor: Survivor) -> None:
+    expect_rollback(survivor, devices=lambda device: (device.replace("addr=0x4", "addr=0x5"),))
+
+
+def test_new_qemu_has_too_little_memory(survivor: Survivor) -> None:
+    expect_rollback(survivor, ram_mb=2)
+
+
+def test_new_qemu_cannot_load_and_nobody_waits_for_it(survivor: Survivor) -> None:
+    expect_rollback(survivor, devices=lambda _: (), return_path=False)
