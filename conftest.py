@@ -35,6 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="verify the QEMU of this Debian suite (default: trixie-backports)",
     )
     group.addoption("--qemu-version", metavar="VERSION", help="this Debian version of it")
+    group.addoption("--new-qemu", type=Path, metavar="PATH", help="this QEMU binary takes over")
+    group.addoption("--new-qemu-sysroot", type=Path, metavar="DIR", help="see --qemu-sysroot")
+    group.addoption("--new-qemu-suite", metavar="SUITE", help="see --qemu-suite")
+    group.addoption("--new-qemu-version", metavar="VERSION", help="see --qemu-version")
     group.addoption(
         "--lab-kernel",
         choices=("auto", "built", "debian"),

@@ -35,6 +35,13 @@ def survivor(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> S
 
 
 @pytest.fixture
+def same_build(subject: Subject) -> None:
+    """Old QEMU and new QEMU are of one build, which holds the same things in the same way."""
+    if subject.successor:
+        pytest.skip("another build of QEMU holds other descriptors of its own")
+
+
+@pytest.fixture
 def traces(subject: Subject) -> None:
     """QEMU's own account of what it did; without it, its silence would prove nothing."""
     if not subject.capabilities.log_trace:

@@ -54,6 +54,7 @@ def test_the_eventfds_are_still_those_of_the_first_qemu(
     assert dict(taken_over.held_after.eventfds) == dict(first.held_before.eventfds)
 
 
+@pytest.mark.usefixtures("same_build")
 def test_new_qemu_holds_as_many_descriptors_of_each_kind_as_the_first(
     first: TakenOver, taken_over: TakenOver
 ) -> None:

@@ -81,6 +81,7 @@ def test_the_eventfds_are_those_of_the_first_qemu(chain: Sequence[TakenOver]) ->
     assert [dict(each.held_after.eventfds) for each in chain] == [first] * len(chain)
 
 
+@pytest.mark.usefixtures("same_build")
 def test_new_qemu_holds_as_many_descriptors_of_each_kind_as_the_first(
     chain: Sequence[TakenOver],
 ) -> None:

@@ -187,6 +187,7 @@ def test_unmasked_vectors_bypass_qemu(rig: Rig) -> None:
     assert rig.handled_by_qemu(mark) == 0
 
 
+@pytest.mark.usefixtures("same_build")
 def test_new_qemu_holds_as_many_descriptors_of_each_kind(rig: Rig, asleep: Asleep) -> None:
     expect_same_counts("descriptors", asleep.held.counts, held(rig.machine).counts)
 

@@ -116,6 +116,7 @@ def test_new_qemu_holds_the_same_eventfds_by_name_and_vector(
     assert dict(taken_over.held_after.eventfds) == dict(before)
 
 
+@pytest.mark.usefixtures("same_build")
 def test_new_qemu_holds_as_many_descriptors_of_each_kind(
     taken_over: TakenOver, point: Point
 ) -> None:

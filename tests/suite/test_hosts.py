@@ -188,7 +188,7 @@ def test_megabytes_pass_unchanged(host: Host, path: PurePosixPath) -> None:
 
 
 def test_a_unix_socket_carries_bytes_both_ways(host: Host, packaged: Sysroot) -> None:
-    qemu = packaged if isinstance(host, LocalHost) else Sysroot(SYSROOT)
+    qemu = packaged if isinstance(host, LocalHost) else SYSROOT
     path = host.scratch / "qmp"
     process = host.spawn(
         qemu.qemu("-machine", "none", "-display", "none", "-qmp", f"unix:{path},server=on"),

@@ -115,7 +115,7 @@ def test_a_failure_with_the_symptom_is_the_known_issue(
 ) -> None:
     report = a_report("failed", "QEMU died:\nkvm run failed Bad address", when)
     notes: dict[str, object] = {"blame": "qemu"}
-    judge(report, issues, VERSION, notes)
+    judge(report, issues, [VERSION], notes)
     assert report.skipped
     assert "hot-reset" in report.wasxfail
     assert notes["known"] == "hot-reset"
@@ -125,7 +125,7 @@ def test_a_failure_with_another_symptom_fails_and_names_the_issue(
     issues: Sequence[KnownIssue],
 ) -> None:
     report, notes = a_report("failed", "vector 3 was lost"), {"blame": "qemu"}
-    judge(report, issues, VERSION, notes)
+    judge(report, issues, [VERSION], notes)
     assert report.failed
     assert "known" not in notes
     assert report.longrepr == "vector 3 was lost"
@@ -134,7 +134,7 @@ def test_a_failure_with_another_symptom_fails_and_names_the_issue(
 
 def test_a_pass_fails_and_asks_whether_it_was_fixed(issues: Sequence[KnownIssue]) -> None:
     report, notes = a_report("passed"), {}
-    judge(report, issues, VERSION, notes)
+    judge(report, issues, [VERSION], notes)
     assert report.failed
     for word in ("hot-reset", "11.1.3", "Fixed?", "known_issues.toml"):
         assert word in str(report.longrepr)
@@ -142,10 +142,28 @@ def test_a_pass_fails_and_asks_whether_it_was_fixed(issues: Sequence[KnownIssue]
     assert notes["blame"] == "qemu", "what the QEMU does is not what is known of it"
 
 
+@pytest.mark.parametrize("versions", [(VERSION, "12.0.0"), ("12.0.0", VERSION)])
+def test_of_two_qemus_one_may_have_what_is_known(
+    issues: Sequence[KnownIssue], versions: Sequence[str]
+) -> None:
+    failed, passed = a_report("failed", "kvm run failed"), a_report("passed")
+    judge(failed, issues, versions, {})
+    judge(passed, issues, versions, {})
+    assert failed.skipped
+    assert passed.passed
+
+
+def test_what_is_known_of_both_qemus_must_show(issues: Sequence[KnownIssue]) -> None:
+    report = a_report("passed")
+    judge(report, issues, ("10.2.2", VERSION), {})
+    assert report.failed
+    assert "10.2.2 and 11.1.3" in str(report.longrepr)
+
+
 @pytest.mark.parametrize("when", ["setup", "teardown"])
 def test_the_steps_around_a_test_need_not_fail(issues: Sequence[KnownIssue], when: str) -> None:
     report = a_report("passed", when=when)
-    judge(report, issues, VERSION, {})
+    judge(report, issues, [VERSION], {})
     assert report.passed
 
 
@@ -156,7 +174,7 @@ def test_with_another_version_all_stays_as_it_is(
     issues: Sequence[KnownIssue], outcome: str, text: str
 ) -> None:
     report, notes = a_report(outcome, text), {"blame": "qemu"}
-    judge(report, issues, "12.0.0", notes)
+    judge(report, issues, ["12.0.0"], notes)
     assert (report.outcome, report.longrepr, notes) == (outcome, text or None, {"blame": "qemu"})
     assert report.sections == []
 
@@ -166,14 +184,14 @@ def test_a_failure_that_is_not_qemus_is_no_known_issue(
     issues: Sequence[KnownIssue], blame: str
 ) -> None:
     report, notes = a_report("failed", "kvm run failed, says the host"), {"blame": blame}
-    judge(report, issues, VERSION, notes)
+    judge(report, issues, [VERSION], notes)
     assert report.failed
     assert "known" not in notes
 
 
 def test_a_skip_stays_a_skip(issues: Sequence[KnownIssue]) -> None:
     report, notes = a_report("skipped", "no IOMMUFD"), {}
-    judge(report, issues, VERSION, notes)
+    judge(report, issues, [VERSION], notes)
     assert report.skipped
     assert not hasattr(report, "wasxfail")
     assert notes == {}
