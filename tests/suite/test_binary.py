@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.hosts.nested import NEW_SYSROOT, SYSROOT
 from fixtures.machines import Capabilities, identify
+from fixtures.subject import Subject, Successor
 from images.errors import BadInputError, EnvironmentFault
 from images.sysroot import QEMU_BINARY, Sysroot
 
@@ -180,3 +182,41 @@ def test_what_is_no_qemu_for_this_is_bad_input(script: str, says: str) -> None:
 def test_what_cannot_be_started_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"^mine: cannot be started: No such file"):
         identify(Sysroot(tmp_path), "mine", "")
+
+
+def test_what_two_qemus_share_is_what_both_can() -> None:
+    modes = ("normal", "cpr-transfer")
+    newer = Capabilities(
+        "11.1.3",
+        "1",
+        (*modes, "cpr-exec"),
+        True,
+        True,
+        True,
+        True,
+        True,
+        frozenset({"10.1", "10.2", "11.1"}),
+    )
+    older = Capabilities(
+        "10.2.2", "2", modes, True, True, False, True, False, frozenset({"10.1", "10.2"})
+    )
+    shared = newer.shared_with(older)
+    assert (shared.version, shared.sha256) == ("11.1.3", "1")
+    assert shared.modes == modes
+    assert (shared.iommufd, shared.vfio_user, shared.log_trace) == (False, True, False)
+    subject = Subject(
+        "new",
+        shared,
+        Sysroot(Path("/a")),
+        Path(),
+        None,
+        Successor("old", older, Sysroot(Path("/b"))),
+    )
+    assert subject.machine == "pc-q35-10.2"
+    assert subject.versions == ("11.1.3", "10.2.2")
+    assert subject.local(NEW_SYSROOT) == Sysroot(Path("/b"))
+    assert subject.local(SYSROOT) == Sysroot(Path("/a"))
+
+
+def test_the_packaged_qemu_has_versions_of_its_machine(packaged: Sysroot) -> None:
+    assert {"10.1", "10.2"} <= identify(packaged, "it", "").machines

@@ -44,6 +44,12 @@ BAD = {
         "a root tree with its own libraries is expected",
     ),
     "two choices": (["--qemu", "/bin/ls", "--qemu-suite", "sid"], "one or the other"),
+    "no such successor": (["--new-qemu", "/no/new"], "--new-qemu /no/new: no such file"),
+    "a successor's sysroot": (["--new-qemu-sysroot", "/"], "there is no --new-qemu"),
+    "two successors": (
+        ["--new-qemu", "/bin/ls", "--new-qemu-version", "1"],
+        "--new-qemu names a binary, --new-qemu-suite and --new-qemu-version choose",
+    ),
     "an unknown option": (["--no-such-option"], "--no-such-option"),
     "a shortened option": (["--qemu-s", "sid"], "--qemu-s"),
     "not a number of workers": (["-n", "many"], "-n"),
