@@ -91,3 +91,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--verdict-json", type=Path, metavar="FILE", help="write the verdict as JSON too"
     )
+    group.addoption("--html", type=Path, metavar="FILE", help="write the report there")

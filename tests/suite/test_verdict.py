@@ -69,7 +69,7 @@ class Config(SimpleNamespace):
     """All that a verdict asks of pytest's."""
 
     def getoption(self, name: str) -> Path | None:
-        return {"verdict_json": self.json}[name]
+        return {"verdict_json": self.json, "html": None, "evidence": Path("evidence")}[name]
 
 
 def verdict_on(
@@ -377,7 +377,7 @@ def taken_over(bench):
     assert done.exit == FAILED, done.output
     cases = json.loads((tmp_path / "verdict.json").read_text())["cases"]
     assert len({case["notes"]["evidence"] for case in cases[:3]}) == 1
-    assert len(list((tmp_path / "evidence").iterdir())) == 2  # that, and of test_fails
+    assert len(list((tmp_path / "evidence").iterdir())) == 3  # that, of test_fails, the report
 
 
 def test_a_run_in_parallel_that_stops_at_the_first_failure_is_failed(tmp_path: Path) -> None:
