@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
+from fixtures.evidence.saved import load
 from fixtures.evidence.verdict import Verdict
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +164,18 @@ def test_a_case_says_what_was_verified_and_how_it_came_out() -> None:
     assert (skipped.result, skipped.text) == ("skip", "Skipped: why")
 
 
+def test_a_case_does_not_pay_for_the_host_of_all() -> None:
+    verdict, _ = verdict_on()
+    report = pytest.TestReport(
+        "tests/qemu/test_takeover.py::test_x[msix:8]", ("", 1, ""), {}, "passed", None, "call"
+    )
+    report.duration = 12.0
+    report.vfio_cpr = {"host_s": 10.5}  # type: ignore[attr-defined]
+    verdict.pytest_runtest_logreport(report)
+    (case,) = verdict.cases.values()
+    assert (case.seconds, case.notes) == (1.5, {})
+
+
 def test_what_a_person_reads() -> None:
     verdict, _ = verdict_on(OK, FAIL, SKIP, KNOWN, NO_HOST)
     page = io.StringIO()
@@ -210,6 +223,16 @@ def test_its_last_line_says_it_in_a_word(tests: list[End], word: str) -> None:
     page = io.StringIO()
     verdict_on(*tests)[0].print(Console(file=page, width=100))
     assert page.getvalue().splitlines()[-1].startswith(f"{word}: ")
+
+
+def test_what_is_written_can_be_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "verdict.json"
+    verdict, code = verdict_on(OK, FAIL, SKIP, KNOWN, json_path=path)
+    saved = load(path)
+    assert (saved.exit, saved.facts["QEMU"], saved.scenes["takeover"]) == (code, "11.1.3", "in use")
+    assert [case.result for case in saved.cases] == ["ok", "FAIL", "skip", "known"]
+    assert saved.counts == {"FAIL": 1, "known": 1, "skip": 1, "ok": 1}
+    assert list(saved.cases) == list(verdict.cases.values())
 
 
 def test_it_is_written_as_json(tmp_path: Path) -> None:
@@ -339,6 +362,10 @@ def test_a_real_run_with_every_kind_of_end(tmp_path: Path, how: tuple[str, ...])
     (evidence,) = (tmp_path / "evidence").glob("*test_fails*")
     assert "vector 3 is lost" in (evidence / "failure.txt").read_text()
     assert f"evidence: {evidence}" in done.output.replace("\n", "")
+    page = (tmp_path / "evidence/report.html").read_text()
+    assert "vector 3 is lost" in page
+    assert f'href="{evidence.name}/"' in page
+    assert f"report: {tmp_path / 'evidence/report.html'}" in done.output.replace("\n", "")
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "2", "1")
 
@@ -363,6 +390,22 @@ def test_a_failure_is_told_even_if_its_evidence_cannot_be_kept(tmp_path: Path) -
     done = run(tmp_path, ["test_fails"], "--evidence", "/proc/evidence")
     assert (done.exit, done.results) == (FAILED, {"fails": "FAIL"}), done.output
     assert "could not be kept: " in done.output
+
+
+def test_where_all_is_well_there_is_a_report_if_it_was_asked_for(tmp_path: Path) -> None:
+    done = run(tmp_path / "one", ["test_holds"])
+    assert "report: " not in done.output
+    assert not (tmp_path / "one/evidence").exists()
+    page = tmp_path / "page.html"
+    done = run(tmp_path / "two", ["test_holds"], "--html", str(page))
+    assert f"report: {page}" in done.output.replace("\n", "")
+    assert "GOOD" in page.read_text()
+
+
+def test_a_report_that_cannot_be_written_hides_no_failure(tmp_path: Path) -> None:
+    done = run(tmp_path, ["test_fails"], "--html", "/proc/page.html")
+    assert (done.exit, done.results) == (FAILED, {"fails": "FAIL"}), done.output
+    assert "report: could not be made: " in done.output
 
 
 def test_a_takeover_that_fails_leaves_its_evidence_once(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ BAD = {
     "no such point": (["--point", "msix:3"], "--point msix:3: no axis has the value 'msix:3'"),
     "a point that cannot be": (["--point", "ivshmem,intx"], "has MSI-X alone (see --list-axes)"),
     "no place for the verdict": (["--verdict-json", "/proc/x/y.json"], "/proc/x/y.json"),
+    "no place for the report": (["--html", "/proc/x/y.html"], "--html /proc/x/y.html: "),
     "a directory for the verdict": (["--verdict-json", "/tmp"], "--verdict-json /tmp: Is a"),
 }
 
