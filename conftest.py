@@ -68,6 +68,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only what can notice a change in this file of QEMU; may be given several times",
     )
     group.addoption(
+        "--group",
+        action="append",
+        default=[],
+        metavar="MODULE[POINT]",
+        help="only this group of tests, which share a takeover; may be given several times",
+    )
+    group.addoption("--shard", metavar="I/N", help="only the I-th of N shares, such as 1/4")
+    group.addoption(
+        "--durations-from",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="balance shards by the times in this verdict; may be given several times",
+    )
+    group.addoption(
         "--statemachine-steps",
         type=int,
         default=30,

@@ -70,7 +70,12 @@ class Config(SimpleNamespace):
     """All that a verdict asks of pytest's."""
 
     def getoption(self, name: str) -> Path | None:
-        return {"verdict_json": self.json, "html": None, "evidence": Path("evidence")}[name]
+        return {
+            "verdict_json": self.json,
+            "html": None,
+            "evidence": Path("evidence"),
+            "shard": getattr(self, "shard", None),
+        }[name]
 
 
 def verdict_on(

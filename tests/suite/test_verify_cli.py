@@ -55,6 +55,14 @@ BAD = {
     "not a number of workers": (["-n", "many"], "-n"),
     "no such point": (["--point", "msix:3"], "--point msix:3: no axis has the value 'msix:3'"),
     "a point that cannot be": (["--point", "ivshmem,intx"], "has MSI-X alone (see --list-axes)"),
+    "a shard beyond the last": (["--shard", "5/4"], "--shard 5/4: a shard is I/N"),
+    "no shard": (["--shard", ""], "a shard is I/N with I from 1 to N, such as 1/4"),
+    "no such record": (["--shard", "1/2", "--durations-from", "no.json"], "no.json: No such file"),
+    "a record that is none": (
+        ["--shard", "1/2", "--durations-from", "qemu"],
+        "--durations-from qemu: not a verdict (--verdict-json writes one)",
+    ),
+    "no such group": (["--group", "takeover"], "--group takeover: no such module (see"),
     "no place for the verdict": (["--verdict-json", "/proc/x/y.json"], "/proc/x/y.json"),
     "no place for the report": (["--html", "/proc/x/y.html"], "--html /proc/x/y.html: "),
     "a directory for the verdict": (["--verdict-json", "/tmp"], "--verdict-json /tmp: Is a"),
@@ -123,6 +131,22 @@ def test_the_axes_are_listed_and_nothing_is_done(cache: Cache) -> None:
     done = verify(cache, "--list-axes", "--qemu", "/no/such/qemu")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == listing() + "\n"
+
+
+def test_groups_are_listed_and_nothing_is_done(cache: Cache) -> None:
+    done = verify(cache, "--list-groups", "--profile", "smoke", "--qemu", "/no/such/qemu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tests/qemu/test_direct.py[8-vectors] 9\n" in done.stdout
+
+
+def test_groups_are_tried_by_name(cache: Cache) -> None:
+    one = ("--group", "tests/qemu/test_takeover.py[msix:8]")
+    module = ("--group", "tests/qemu/test_pending.py")
+    done = verify(cache, "--list-groups", *one, *module)
+    assert done.returncode == 0
+    names = [line.rpartition(" ")[0] for line in done.stdout.splitlines()]
+    assert [name for name in names if "takeover" in name] == [one[1]]
+    assert {name.partition("[")[0] for name in names} == {one[1].partition("[")[0], module[1]}
 
 
 def test_a_choice_that_matches_no_test_is_not_good(cache: Cache, tmp_path: Path) -> None:
