@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from fixtures.evidence.known import KnownIssue, judge, load
+from fixtures.evidence.reproducer import BLOCKS
+from fixtures.known_issues import collected, flaws, mail, main
+from fixtures.matrix import product
+from images.cache import Cache
 from images.errors import BadInputError
+from images.sysroot import Sysroot
 
 ENTRY = """\
 [[issue]]
@@ -47,9 +54,24 @@ def a_report(outcome: str, text: str = "", when: str = "call") -> pytest.TestRep
     )
 
 
-def test_the_list_of_the_project_is_well_formed(pytestconfig: pytest.Config) -> None:
-    for issue in load(pytestconfig.rootpath / "tests/qemu/known_issues.toml"):
-        assert all((issue.id, issue.summary, issue.evidence))
+@pytest.fixture(scope="module")
+def ours(pytestconfig: pytest.Config) -> Sequence[KnownIssue]:
+    """The list of the project."""
+    return load(pytestconfig.rootpath / "tests/qemu/known_issues.toml")
+
+
+def test_the_list_of_the_project_is_well_formed(ours: Sequence[KnownIssue]) -> None:
+    assert list(flaws(ours, collected())) == []
+    assert all(issue.id and issue.summary and issue.evidence for issue in ours)
+
+
+def test_the_matrix_leaves_out_what_the_list_says_is_broken(ours: Sequence[KnownIssue]) -> None:
+    """The points that `matrix.APART` sets apart are those of the issues that are about any test."""
+    live = {"mode": ("cpr-transfer", "cpr-exec"), "iommu": ("intel-iommu",), "apic": ("xapic",)}
+    for point in product(**live, irq=("msix:8", "msi:1", "intx")):
+        case = f"tests/qemu/test_device.py::test_any[{point}]"
+        known = any(issue.concerns(case, VERSION) for issue in ours)
+        assert known == point.is_apart, point
 
 
 def test_an_entry_is_read(issues: Sequence[KnownIssue]) -> None:
@@ -76,6 +98,24 @@ MALFORMED = {
     "not text": (ENTRY.replace('">=10.1,<=11.1.3"', "11"), "versions"),
     "not a regular expression": (ENTRY.replace("kvm run", "(kvm run"), "hot-reset"),
     "not a pattern of tests": (ENTRY.replace("test_takeover", "*test_takeover"), "hot-reset"),
+    "about nothing": (re.sub("tests = .*", "", ENTRY), "neither tests nor axes"),
+    "no axes": (ENTRY + 'axes = "tcg"\n', "axes is not a table"),
+    "no such axis": (ENTRY + 'axes = { colour = ["red"] }\n', "no axis 'colour'"),
+    "no such value": (ENTRY + 'axes = { accel = ["xen"] }\n', "no value 'xen'"),
+    "a value, no list": (ENTRY + 'axes = { accel = "tcg" }\n', "no list"),
+    "a contradiction": (ENTRY + 'axes = { accel = ["tcg"], path = ["kvm"] }\n', "hot-reset"),
+    "no reference": (ENTRY + 'upstream = "somewhere"\n', "no URL, <Message-Id> or commit"),
+    "a report that says nothing": (ENTRY + "[issue.report]\n", "lacks observed and expected"),
+    "a report that says too much": (ENTRY + '[issue.report]\nwho = "me"\n', "no field who"),
+    "a reproducer of nothing": (ENTRY + "[issue.reproducer]\n", "lacks steps and shows"),
+    "a step of no kind": (
+        ENTRY + '[issue.reproducer]\nsteps = ["rm -rf /"]\nshows = "killed old 11"\n',
+        "no building block: rm -rf /",
+    ),
+    "steps that are no list": (
+        ENTRY + '[issue.reproducer]\nsteps = "start old"\nshows = "killed old 11"\n',
+        "steps of the reproducer",
+    ),
 }
 
 
@@ -107,6 +147,30 @@ def test_an_issue_concerns_no_other_version(issues: Sequence[KnownIssue], versio
 
 def test_an_issue_concerns_no_other_test(issues: Sequence[KnownIssue]) -> None:
     assert not issues[0].concerns(CASE.replace("e1000e", "igb"), VERSION)
+
+
+def test_axes_are_those_of_the_point_in_the_name(path: Path) -> None:
+    path.write_text(re.sub("tests = .*", 'axes = { accel = ["tcg"] }', ENTRY))
+    (issue,) = load(path)
+    assert issue.concerns("test_takeover.py::test_it_fires[msix:8+qemu+tcg]", VERSION)
+    assert not issue.concerns("test_takeover.py::test_it_fires[msix:8+qemu]", VERSION)
+    assert not issue.concerns("test_linux.py::test_it_fires[tcg-e1000e]", VERSION), "no point"
+    assert not issue.concerns("test_takeover.py::test_it_fires", VERSION)
+
+
+def test_axes_and_tests_must_both_fit(path: Path) -> None:
+    path.write_text(ENTRY.replace(".*e1000e", "") + 'axes = { accel = ["tcg"] }\n')
+    (issue,) = load(path)
+    assert issue.concerns("test_takeover.py::test_it_fires[msix:8+qemu+tcg]", VERSION)
+    assert not issue.concerns("test_pending.py::test_it_fires[msix:8+qemu+tcg]", VERSION)
+
+
+@pytest.mark.parametrize(
+    "reference", ["https://gitlab.com/qemu-project/qemu/-/issues/1", "<a.b@c.org>", "0123456789ab"]
+)
+def test_a_reference_is_read(path: Path, reference: str) -> None:
+    path.write_text(ENTRY + f'upstream = "{reference}"\n')
+    assert load(path)[0].upstream == reference
 
 
 @pytest.mark.parametrize("when", ["setup", "call"])
@@ -195,3 +259,214 @@ def test_a_skip_stays_a_skip(issues: Sequence[KnownIssue]) -> None:
     assert report.skipped
     assert not hasattr(report, "wasxfail")
     assert notes == {}
+
+
+# ci/known-issues: what is wrong with a list.
+
+REPORT = """\
+[issue.report]
+observed = "it dies"
+expected = "it lives"
+"""
+DIES = """\
+[issue.reproducer]
+steps = ["start old", "monitor old", "signal old SEGV"]
+shows = "killed old 11"
+"""
+GOOD = ENTRY + REPORT + DIES
+
+FLAWS = {
+    "nothing": (GOOD, []),
+    "nothing, as it has been reported": (
+        ENTRY + 'no_reproducer = "x"\nupstream = "<a@b>"\n',
+        [],
+    ),
+    "an id twice": (GOOD + GOOD, ["hot-reset: there are 2 of that id"]),
+    "neither reference nor draft": (ENTRY + DIES, ["neither a reference"]),
+    "no reproducer, and no word of it": (ENTRY + REPORT, ["wants a reproducer", "no steps"]),
+    "a reproducer, and a reason for none": (
+        ENTRY + 'no_reproducer = "x"\n' + REPORT + DIES,
+        ["not both"],
+    ),
+    "no test": (GOOD.replace("e1000e", "e2000e"), ["concerns no test: test_takeover.*e2000e"]),
+    "no version": (GOOD.replace(">=10.1,<=11.1.3", ""), ["versions names none"]),
+    "not a point": (GOOD + 'device = "msix:3"\n', ["the reproducer's device"]),
+    "not a script": (GOOD.replace("old SEGV", "old '"), ["the reproducer is no script"]),
+}
+
+
+@pytest.mark.parametrize(("text", "found"), FLAWS.values(), ids=FLAWS)
+def test_a_flaw_is_told(path: Path, text: str, found: Sequence[str]) -> None:
+    path.write_text(text)
+    told = list(flaws(load(path), [CASE]))
+    assert len(told) == len(found)
+    for flaw, words in zip(told, found, strict=True):
+        assert words in flaw
+
+
+def test_a_list_that_cannot_be_read_fails_its_check(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path.write_text(MALFORMED["a field is missing"][0])
+    assert main(["--list", str(path), "check"]) == 1
+    assert "evidence" in capsys.readouterr().err
+
+
+def test_a_list_that_is_not_there_is_bad_input(path: Path) -> None:
+    assert main(["--list", str(path), "check"]) == 2
+
+
+def test_each_entry_is_listed(
+    ours: Sequence[KnownIssue], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for issue in ours:
+        (line,) = (line for line in lines if line.startswith(f"{issue.id} "))
+        assert ("draft" in line) == (issue.report is not None)
+
+
+@pytest.mark.parametrize("verb", ["draft", "reproducer", "verify"])
+def test_no_such_issue_is_one_clear_line(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main([verb, "no-such"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no known issue no-such: there are vfio-user-ignores-cpr, " in line
+
+
+@pytest.mark.parametrize("verb", ["reproducer", "verify"])
+def test_an_issue_without_a_reproducer_says_why(
+    path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    path.write_text(ENTRY + 'no_reproducer = "it takes a hammer"\n')
+    assert main(["--list", str(path), verb, "hot-reset"]) == 2
+    assert "no reproducer: it takes a hammer" in capsys.readouterr().err
+
+
+# The mail.
+
+
+def test_a_report_is_a_mail_with_all_that_is_known(path: Path) -> None:
+    path.write_text(GOOD)
+    (issue,) = load(path)
+    message = mail(issue)
+    assert message["To"] == "qemu-devel@nongnu.org"
+    assert message["Subject"] == "[BUG] the device is hot-reset in new QEMU"
+    text = message.get_content()
+    for words in (">=10.1", "it dies", "it lives", "seen on 10.2.2", "signal old SEGV"):
+        assert words in text
+    # The script can be cut out and run.
+    script = text.partition(" ---\n")[2]
+    assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(ENTRY, "has no draft"), (ENTRY + 'upstream = "<a@b>"\n', "has been reported: <a@b>")],
+)
+def test_what_is_no_draft_is_no_mail(path: Path, text: str, why: str) -> None:
+    path.write_text(text)
+    with pytest.raises(BadInputError, match=re.escape(why)):
+        mail(load(path)[0])
+
+
+# The scripts.
+
+
+def test_a_script_has_the_blocks_that_it_needs_and_no_others(path: Path) -> None:
+    path.write_text(GOOD)
+    (issue,) = load(path)
+    assert issue.reproducer
+    script = issue.reproducer.script("", "")
+    has = {name for name in BLOCKS if f"\n{name}() {{" in script}
+    assert {"could_not", "set_up", "clean_up", "await", "ended", "greets", "killed"} <= has
+    assert not has & {"bind", "give_back", "bus", "listen", "failed"}
+
+
+def test_each_block_is_used(ours: Sequence[KnownIssue]) -> None:
+    scripts = "".join(i.reproducer.script("", "") for i in ours if i.reproducer)
+    assert [name for name in BLOCKS if f"\n{name}() {{" not in scripts] == []
+
+
+def play(path: Path, qemu: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    (issue,) = load(path)
+    assert issue.reproducer
+    return subprocess.run(
+        ["sh"],
+        input=issue.reproducer.script("", ""),
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "QEMU": qemu, "TIMEOUT": "20", **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_what_shows_is_reproduced(path: Path, packaged: Sysroot) -> None:
+    path.write_text(GOOD)
+    done = play(path, shlex.join(packaged.qemu()))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("it shows: old QEMU has ended with 139")
+
+
+def test_what_does_not_show_is_not_reproduced(path: Path, packaged: Sysroot) -> None:
+    path.write_text(GOOD.replace('"signal old SEGV"', '"transfer", "monitor new"'))
+    done = play(path, shlex.join(packaged.qemu()))
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "it does not show: old QEMU goes on\n"
+
+
+@pytest.mark.parametrize("qemu", ["/bin/false", "/no/such/qemu"])
+def test_without_a_qemu_it_could_not_be_tried(path: Path, qemu: str) -> None:
+    path.write_text(GOOD)
+    done = play(path, qemu)
+    assert done.returncode == 3
+    assert done.stderr.startswith("could not be tried: old QEMU does not start")
+
+
+def test_a_step_that_is_refused_is_no_verdict(path: Path, packaged: Sysroot) -> None:
+    path.write_text(GOOD.replace("signal old SEGV", "qmp old no-such-command"))
+    done = play(path, shlex.join(packaged.qemu()))
+    assert done.returncode == 3
+    assert "old QEMU refuses no-such-command" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [("", "DEVICE"), ("served = true\n", "SOCKET")],
+    ids=["of the host", "of a server"],
+)
+def test_a_device_must_be_named(path: Path, more: str, named: str) -> None:
+    path.write_text(GOOD + 'device = "msix:8"\nneeds = "a function with MSI-X"\n' + more)
+    done = play(path, "/bin/false")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"set {named} to ")
+    assert play(path, "/bin/false", **{named: "/no/such"}).returncode == 2
+
+
+def test_a_script_leaves_nothing(path: Path, packaged: Sysroot, tmp_path: Path) -> None:
+    path.write_text(GOOD.replace('"signal old SEGV"', '"transfer", "signal old STOP"'))
+    play(path, shlex.join(packaged.qemu()), TMPDIR=str(tmp_path))
+    left = subprocess.run(
+        ["grep", "-ls", "--", str(tmp_path), *map(str, Path("/proc").glob("[0-9]*/cmdline"))],
+        capture_output=True,
+        text=True,
+    ).stdout.split()
+    assert [p for p in left if Path(p).exists()] == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+VERDICTS = {
+    "reproduced": ("signal old SEGV", 0),
+    "not reproduced": ("transfer", 1),
+    "could not be tried": ("qmp old no-such-command", 3),
+}
+
+
+@pytest.mark.parametrize(("step", "code"), VERDICTS.values(), ids=VERDICTS)
+def test_issues_are_verified_on_this_machine(
+    cache: Cache, path: Path, capsys: pytest.CaptureFixture[str], step: str, code: int
+) -> None:
+    path.write_text(GOOD.replace("signal old SEGV", step))
+    verify = ["--list", str(path), "verify", "-q", "--cache", str(cache.root)]
+    assert main([*verify, "hot-reset"]) == code
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"hot-reset: {next(k for k, v in VERDICTS.items() if v[1] == code)} in ")
