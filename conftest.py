@@ -9,7 +9,7 @@ import pytest
 
 from fixtures.coverage import PROFILES
 
-pytest_plugins = ["fixtures.plugin", "fixtures.evidence.verdict"]
+pytest_plugins = ["fixtures.plugin", "fixtures.evidence.verdict", "fixtures.developer"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,6 +66,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="FILE",
         help="only what can notice a change in this file of QEMU; may be given several times",
+    )
+    group.addoption("--only-failed", action="store_true", help="only what failed in the last run")
+    group.addoption(
+        "--hold",
+        action="store_true",
+        help="wait at the first failure, with everything up; ci/verify has it as --debug",
+    )
+    group.addoption(
+        "--keep-evidence", action="store_true", help="also keep the evidence of what passes"
     )
     group.addoption(
         "--group",
