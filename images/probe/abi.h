@@ -4,9 +4,9 @@
  *
  * The guest's RAM is a file which the harness also has open.  At guest
  * physical PROBE_MAILBOX lies a struct probe_mailbox, little endian, every
- * field naturally aligned.  The guest clears it when it starts, all but what
- * log_count and cpus do not cover, so the harness may write nothing before it
- * has seen PROBE_READY.  It keeps it when it is woken up.
+ * field naturally aligned.  The guest clears it when it starts, all but boots
+ * and what log_count and cpus do not cover, so the harness may write nothing
+ * before it has seen PROBE_READY.  It keeps it when it is woken up.
  *
  * The first CPU, the one with APIC ID 0, carries out what the harness asks for.
  * The others, if there are any, only take interrupts, and are all up when
@@ -43,7 +43,7 @@
 
 #define PROBE_MAILBOX   0x80000
 #define PROBE_MAGIC     0x52504356      /* the bytes "VCPR" */
-#define PROBE_VERSION   5
+#define PROBE_VERSION   6
 
 #define PROBE_VECTORS   256
 #define PROBE_OPS       384
@@ -130,7 +130,7 @@ struct probe_mailbox {
     uint32_t fault_error;       /* 0x010: is PROBE_FAULTED; 0 if there is no code */
     uint32_t fault_eip;         /* 0x014 */
     uint32_t fault_cr2;         /* 0x018 */
-    uint32_t reserved_01c;      /* 0x01c */
+    uint32_t boots;             /* 0x01c: how often it has started in this RAM, 0 at first */
     uint64_t loops;             /* 0x020: passes of the main loop */
     uint64_t tsc;               /* 0x028: at the last of them */
     uint32_t request;           /* 0x030: written last by the harness: done + 1 */

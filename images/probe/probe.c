@@ -610,7 +610,10 @@ static _Noreturn void run(void)
 
 void probe_main(void)
 {
+    uint32_t boots = mailbox->boots;
+
     clear(mailbox, offsetof(struct probe_mailbox, log));
+    mailbox->boots = boots + 1;
     mailbox->version = PROBE_VERSION;
     mailbox->magic = PROBE_MAGIC;
     run();

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
 
-from fixtures.linux import LinuxBench, LinuxRig, Traffic
+from fixtures.guests.base import Guest, Traffic
+from fixtures.linux import LinuxBench, LinuxRig
+from tests.qemu.test_guests import Behaviours, grown
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Account:
 def account(rig: LinuxRig) -> Account:
     guest = rig.guest
     return Account(
-        guest.read("/proc/sys/kernel/random/boot_id"),
+        rig.boot(),
         float(guest.read("/proc/uptime").split()[0]),
         rig.workload.mishaps(guest),
         rig.interrupts(),
@@ -81,9 +82,13 @@ def linux(carried: Carried) -> LinuxRig:
     return carried.linux
 
 
-def test_the_agent_answers_in_new_qemu_and_its_guest_was_not_booted(carried: Carried) -> None:
-    assert carried.after.boot == carried.before.boot
-    assert carried.after.uptime_s > carried.before.uptime_s
+@pytest.fixture
+def guest(linux: LinuxRig) -> Guest:
+    return linux
+
+
+class TestGuest(Behaviours):
+    """What must hold of any guest."""
 
 
 def test_nothing_has_befallen_the_device(carried: Carried) -> None:
@@ -97,41 +102,6 @@ def test_the_driver_reports_nothing(carried: Carried) -> None:
     assert re.findall(rf".*(?:{carried.linux.workload.complaints}).*", new) == []
 
 
-def test_each_interrupt_of_data_that_came_before_comes_after(carried: Carried) -> None:
-    came = set(carried.before.interrupts) & set(carried.linux.interrupts(of_data=True))
-    assert came
-    assert all(sum(carried.before.interrupts[name]) for name in came)
-    assert grown(carried.after.interrupts, carried.linux.interrupts()) >= came
-
-
-def test_interrupts_come_to_the_cpu_that_they_are_sent_to_after_cpr(carried: Carried) -> None:
-    linux = carried.linux
-    for cpu in (1, 0):
-        names = linux.workload.send_to(linux.guest, cpu)
-        linux.await_interrupts(names, cpu)
-        there = linux.interrupts()
-        carried.traffic.moves()
-        linux.await_interrupts(names, cpu)
-        now = linux.interrupts()
-        elsewhere = {name: now[name][1 - cpu] - there[name][1 - cpu] for name in names}
-        assert elsewhere == dict.fromkeys(names, 0)
-
-
-def test_all_data_is_intact(carried: Carried) -> None:
-    expect_intact(carried.traffic)
-
-
-def expect_intact(traffic: Traffic) -> None:
-    portions = traffic.end()
-    assert portions
-    assert [came for _, came in portions] == [sent for sent, _ in portions]
-
-
-def grown(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> set[str]:
-    """The names of those that have been served in between."""
-    return {name for name, counts in after.items() if sum(counts) > sum(before[name])}
-
-
 def test_the_interrupts_that_are_not_of_data_come(linux: LinuxRig) -> None:
     if reason := linux.workload.data_alone:
         pytest.skip(reason)
@@ -140,26 +110,3 @@ def test_the_interrupts_that_are_not_of_data_come(linux: LinuxRig) -> None:
     before = linux.interrupts()
     linux.provoke()
     assert grown(before, linux.interrupts()) >= others
-
-
-def test_the_driver_can_be_unbound_and_bound(linux: LinuxRig) -> None:
-    linux.rebind()
-    expect_intact(linux.traffic())
-
-
-def test_a_second_cpr_carries_it_on(linux: LinuxRig) -> None:
-    traffic = linux.traffic()
-    linux.take_over()
-    traffic.moves()
-    expect_intact(traffic)
-
-
-def test_after_a_reset_it_boots_and_a_third_cpr_carries_it_on(
-    carried: Carried, linux: LinuxRig
-) -> None:
-    linux.reset()
-    assert account(linux).boot != carried.before.boot
-    traffic = linux.traffic()
-    linux.take_over()
-    traffic.moves()
-    expect_intact(traffic)

@@ -85,10 +85,3 @@ def test_masking_holds_a_vector_back_and_unmasking_delivers_it(rig: Rig) -> None
 
 def test_qemu_holds_as_many_descriptors_of_each_kind_as_before(reset: Reset) -> None:
     expect_same_counts("descriptors", reset.descriptors, held(reset.rig.machine).counts)
-
-
-def test_a_second_cpr_carries_it_on(rig: Rig) -> None:
-    rig.take_over()
-    rig.begin()
-    rig.fire(*rig.vectors)
-    rig.check()

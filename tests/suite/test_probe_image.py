@@ -74,6 +74,10 @@ class Probe:
         return self.u32(0x008)
 
     @property
+    def boots(self) -> int:
+        return self.u32(0x01C)
+
+    @property
     def loops(self) -> int:
         return self.u64(0x020)
 
@@ -280,7 +284,7 @@ def test_a_failed_build_names_the_command(tmp_path: Path) -> None:
 def test_the_guest_introduces_itself(probe: Probe) -> None:
     assert probe.state == READY
     assert probe.ram[MAILBOX : MAILBOX + 4] == b"VCPR"
-    assert probe.u32(0x004) == 5
+    assert probe.u32(0x004) == 6
     assert probe.cpus == 1
 
 
@@ -611,7 +615,7 @@ def test_the_harness_reads_what_the_guest_says_of_its_cpus(
     guest = ProbeGuest(local, PurePosixPath(two_cpus.ram_file))
     guest.wait_ready()
     before = guest.look()
-    assert before.cpus == 2
+    assert (before.cpus, before.boots) == (2, 1)
     two_cpus.ram[SCRATCH : SCRATCH + 4] = bytes(4)
     guest.batch(
         [
@@ -643,8 +647,10 @@ def test_half_a_sequence_number_is_not_a_request(probe: Probe) -> None:
 def test_the_guest_starts_anew_after_a_reset(doomed_probe: Probe) -> None:
     doomed_probe.interrupt_self(0x53)
     doomed_probe.run((INTERRUPTS, 0, 0, 0))
+    assert doomed_probe.boots == 1
     doomed_probe.post((PORT_OUT, 1, 0xCF9, 6))
     doomed_probe.wait(lambda: doomed_probe.u32(0x030) == 0 and doomed_probe.state == READY)
+    assert doomed_probe.boots == 2
     assert (doomed_probe.counter(0x53), doomed_probe.counter(0x53, 0)) == (0, 0)
     assert doomed_probe.log_count == 0
     doomed_probe.interrupt_self(0x54)
