@@ -13,7 +13,12 @@ import pytest
 from fixtures.guests.probe import Delivery, Place
 from fixtures.oracle import Mismatch, MsixModel
 from fixtures.oracle.model import InterruptModel, IntxModel, MsiModel
-from fixtures.oracle.observation import compare, expect_same, expect_same_counts
+from fixtures.oracle.observation import (
+    compare,
+    expect_flat,
+    expect_same,
+    expect_same_counts,
+)
 from fixtures.rig import Rig
 
 
@@ -215,6 +220,7 @@ def rig_that_saw() -> Callable[..., Rig]:
                     has_pending_bits=pending_bits is not None
                 )
                 self._log_count = 0
+                self.family = [self]
 
             def _settle(self) -> None:
                 pass
@@ -318,3 +324,25 @@ def test_counts_that_differ_are_named_with_what_was_and_is_there() -> None:
     with pytest.raises(Mismatch) as caught:
         expect_same_counts("descriptors", {"a": 1, "b": 2, "c": 3}, {"b": 2, "c": 1, "d": 1})
     assert str(caught.value) == "descriptors differ: a 1 -> 0, c 3 -> 1, d 0 -> 1"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[7], [5, 9], [5, 400, 5, 6, 7, 6, 8, 500, 7], [9, 8, 7], [0, 0, 0, 3]],
+    ids=["one", "within-the-slack", "spoilt-ones", "shrinking", "from-nothing"],
+)
+def test_what_does_not_grow_is_flat(values: Sequence[float]) -> None:
+    expect_flat("it", values, slack=4)
+
+
+@pytest.mark.parametrize("values", [[5, 10], [5, 6, 10], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+def test_what_grows_is_told_with_all_of_its_values(values: Sequence[float]) -> None:
+    shown = ", ".join(map(str, values))
+    with pytest.raises(Mismatch, match=rf"^it grows from \d+ to \d+: {shown}$"):
+        expect_flat("it", values, slack=4)
+
+
+def test_what_grows_by_no_more_than_its_factor_is_flat() -> None:
+    expect_flat("it", [5, 15], factor=3, slack=0)
+    with pytest.raises(Mismatch, match=r"it grows from 5 to 15\.5"):
+        expect_flat("it", [5, 15.5], factor=3, slack=0)
