@@ -16,6 +16,7 @@ import pytest
 from fixtures.bench import LabBench, equipment
 from fixtures.coverage import MESSAGES, MOVABLE, MSI, MSIX, Coverage
 from fixtures.matrix import Point
+from fixtures.several import ARRANGEMENTS
 from images.errors import BadInputError
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,8 @@ def collected(*options: str) -> list[tuple[str, str, str]]:
 def test_at_named_points_nothing_else_is_tried() -> None:
     ids = collected("--point", "msix:8", "--point", "msi:8+smp")
     assert ids
-    assert all(point.endswith(("msix:8", "msi:8+smp+vfio-user")) for _, _, point in ids)
+    named, several = ("msix:8", "msi:8+smp+vfio-user"), tuple(ARRANGEMENTS)
+    assert all(point.endswith((*named, *several)) for _, _, point in ids)
 
 
 def test_what_shares_a_takeover_is_tried_together_and_what_shares_a_lab_host_too() -> None:

@@ -18,6 +18,7 @@ from fixtures.guests import GuestError, MsixFunction, Op, PciFunction, ProbeGues
 from fixtures.guests.pci import (
     MSI_CAPABILITY,
     MSIX_CAPABILITY,
+    WHOLE,
     InterruptFunction,
     IntxFunction,
     MsiFunction,
@@ -260,6 +261,22 @@ def test_each_vector_has_two_places_of_its_own(size: int, cpus: int) -> None:
     assert len(first | second) == 2 * size
     assert {place.cpu for place in first | second} == set(range(min(cpus, 2 * size)))
     assert {place.idt_vector for place in first | second} <= set(range(0x30, TIMER_VECTOR))
+
+
+def test_functions_that_share_a_guest_have_places_and_registers_of_their_own() -> None:
+    parts = [WHOLE.part(n, 3) for n in range(3)]
+    assert len({n for part in parts for n in part.idt_vectors}) == 3 * 63
+    assert all(a.window.stop <= b.window.start for a, b in pairwise(parts))
+    function, places = MsixFunction.__new__(MsixFunction), []
+    for function.room in parts:
+        function.size, function._moved = 31, set()
+        places += [function.place(n) for n in range(31)]
+        function.move(*range(31))
+        places += [function.place(n) for n in range(31)]
+    assert len(set(places)) == len(places)
+    function.size = 63
+    with pytest.raises(ValueError, match="vector 1 has no place among 63"):
+        function.place(1)
 
 
 def test_more_vectors_than_there_are_places_are_refused() -> None:
