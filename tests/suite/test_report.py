@@ -377,9 +377,6 @@ def test_a_page_that_is_full_says_where_the_rest_is(
     assert 50 < "".join(read(text).text).count("This page is full") < 59
 
 
-LONG_MS = 1000.0
-
-
 @pytest.fixture
 def browse(tmp_path: Path) -> Callable[[str, str], str]:
     """Opens a page in a browser; returns what a script makes the title."""
@@ -415,12 +412,15 @@ def test_a_page_of_1000_cases_opens_in_a_second(
         document.body.offsetHeight;  // lays out
         document.title = `${performance.now()} ${document.getElementById('shown').value}`;
     """
-    opened: list[float] = []
-    while len(opened) < 5 and min(opened, default=LONG_MS) >= LONG_MS:  # others want the CPUs, too
+    empty = "<title></title><body><output id=shown></output></body>"
+    for _ in range(5):  # others want the CPUs, too
         at, shown = browse(text, script).split(" ", 1)
         assert shown == "1000 cases"
-        opened.append(float(at))
-    assert min(opened) < LONG_MS
+        # Where an empty page takes long, one that is not may take longer: 25 to 40 ms are usual.
+        allowed = max(1000.0, 25 * float(browse(empty, script)))
+        if float(at) < allowed:
+            return
+    pytest.fail(f"{float(at):.0f} ms, and {allowed:.0f} ms are allowed")
 
 
 @pytest.mark.parametrize(
