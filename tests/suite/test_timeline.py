@@ -129,6 +129,13 @@ def test_of_a_host_that_is_gone_the_events_say_what_there_is_to_know(host: Host)
     assert times(told)["STOP"] == pytest.approx(990.02)
 
 
+def test_what_one_qemu_says_of_its_host_holds_for_another_there(host: Host) -> None:
+    host.gone = True
+    old = Machine(host, "old QEMU", [event("STOP", 990.0, 990.02)])
+    new = Machine(host, "new QEMU", logged="1970-01-01T00:16:29.200000Z qemu: no")
+    assert times(of(old, new))["qemu: no"] == pytest.approx(990.02)
+
+
 def test_a_host_that_was_booted_anew_has_another_clock(host: Host) -> None:
     """Its events were heard before they can have been, by the clock that it has now."""
     stamp = {"seconds": 990, "microseconds": 0}
