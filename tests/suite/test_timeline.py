@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from fixtures.bench import Witness
+from fixtures.cpr import Transfer
 from fixtures.evidence import timeline
 from fixtures.evidence.drawing import FROM, LED_TO, Row, draw, ranges
 from fixtures.evidence.timeline import bounds, taken_at
-from fixtures.guests.probe import Look
+from fixtures.guests.probe import Look, ProbeGuest
 from fixtures.hosts.base import HostLostError
+from fixtures.machines import Machine as RealMachine
 
 #: What the host's clock is behind ours, in seconds.
 BEHIND = 0.8
@@ -337,3 +339,33 @@ def test_of_a_chain_only_those_who_take_part_have_a_lane() -> None:
 def test_what_is_no_timeline_is_not_drawn(content: Any) -> None:
     with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
         draw(content)
+
+
+# Of a real one.
+
+
+def test_the_timeline_of_a_real_cpr(
+    old: tuple[RealMachine, ProbeGuest], request: pytest.FixtureRequest
+) -> None:
+    """Of two QEMUs on this machine, whose clock is ours."""
+    machine, guest = old
+    transfer = Transfer(machine)
+    request.addfinalizer(transfer.new.close)
+    transfer.run()
+    rig: Any = SimpleNamespace(
+        machines=[machine, transfer.new],
+        guest=guest,
+        table=lambda: "",
+    )
+    told = timeline.of(rig)
+    assert told["lacks"] == []
+    for each in told["machines"]:
+        assert abs(each["clock"]["offset_s"]) <= each["clock"]["within_s"] < 0.1
+    names = [(moment["source"], moment["what"].split()[0]) for moment in told["moments"]]
+    order = [("harness", "old"), ("qemu-0", "migrate"), ("qemu-0", "STOP")]
+    assert [names.index(each) for each in order] == sorted(names.index(each) for each in order)
+    assert ("qemu-0", "cpr_transfer_output") in names
+    assert ("qemu-1", "cpr_transfer_input") in names
+    drawing = draw(json.loads(json.dumps(told)))
+    assert [lane.title for lane in drawing.lanes] == ["harness", "old QEMU", "new QEMU"]
+    assert [phase.what for phase in drawing.phases] == [step.value for step in transfer.times]
