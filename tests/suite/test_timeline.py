@@ -29,12 +29,17 @@ class Host:
 
     now: float = 0.0
     gone: bool = False
+    busybox: bool = False
 
     def run(self, *_: Any, **__: Any) -> SimpleNamespace:
         if self.gone:
             raise HostLostError("it is gone")
         self.now += 0.01
-        answer = SimpleNamespace(out=f"{self.now - BEHIND:.9f}\n")
+        theirs = self.now - BEHIND
+        answer = SimpleNamespace(out=f"{theirs:.9f}\n")
+        if self.busybox:
+            parts = int(theirs), round(theirs % 1 * 1e6)
+            answer.out = "    mode: 0\n    time.tv_sec:  {}\n    time.tv_usec: {}\n".format(*parts)
         self.now += 0.03
         return answer
 
@@ -114,6 +119,13 @@ def test_moments_of_a_host_are_put_on_our_clock(host: Host) -> None:
     (trace,) = (moment for moment in told["moments"] if moment["kind"] == "trace")
     assert (trace["vector"], trace["source"]) == (6, "qemu-0")
     assert [m["time"] for m in told["moments"]] == sorted(m["time"] for m in told["moments"])
+
+
+@pytest.mark.parametrize("busybox", [False, True])
+def test_any_host_can_be_asked_for_its_time(host: Host, busybox: bool) -> None:
+    host.busybox = busybox
+    (machine,) = of(Machine(host, "old QEMU"))["machines"]
+    assert machine["clock"]["offset_s"] == pytest.approx(BEHIND, abs=0.021)
 
 
 def test_an_event_that_was_heard_at_once_makes_the_bounds_narrower(host: Host) -> None:
