@@ -62,8 +62,8 @@ VECTORS = {
         {
             "vector": n,
             "place": f"IDT vector {0x30 + n:#x} of CPU 0",
-            "before": {"taken": 1, "masked": False, "pending": False, "message": "fee00000 30"},
-            "after": {"taken": 1, "masked": n == 3, "pending": False, "message": "fee00000 30"},
+            "before": {"taken": 1, "masked": False, "pending": False, "message": "0xfee00000/0x30"},
+            "after": {"taken": 1, "masked": n == 3, "pending": False, "message": "0xfee00000/0x30"},
             "now": {"taken": int(n != 5), "masked": n == 3, "pending": False, "served": 2},
             "must": {"taken": 1, "masked": False, "pending": False},
         }

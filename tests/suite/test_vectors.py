@@ -84,7 +84,7 @@ def test_a_vector_before_and_after_the_cpr_and_now() -> None:
     assert second["now"] == {"taken": 0, "masked": True, "pending": True}
 
 
-MESSAGE = "00000000fee00000 00000030"
+MESSAGE = "0xfee00000/0x30"
 
 
 def test_before_a_cpr_there_are_no_sides() -> None:
