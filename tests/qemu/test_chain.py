@@ -167,6 +167,17 @@ def test_the_eventfds_are_those_of_the_first_qemu(chain: Chain) -> None:
     assert [dict(each.held_after.eventfds) for each in taken_over] == [first] * len(taken_over)
 
 
+@pytest.mark.usefixtures("traces")
+def test_what_is_preserved_is_there_by_the_same_names_in_each_generation(
+    chain: Sequence[TakenOver],
+) -> None:
+    """The device, what it belongs to, its eventfds, and memory that is no file."""
+    first = dict(chain[0].held_before.preserved)
+    assert len(first) > len(chain[0].held_before.eventfds)
+    assert "nothing" not in first.values()
+    assert [dict(each.held_after.preserved) for each in chain] == [first] * len(chain)
+
+
 @pytest.mark.usefixtures("same_build")
 def test_new_qemu_holds_as_many_descriptors_of_each_kind_as_the_first(chain: Chain) -> None:
     """What a cpr-exec leaves open goes with its process: the last cpr-transfer has none of it."""
