@@ -41,6 +41,8 @@ def stormy(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Sto
     rig.use_all()
     with Storm(rig) as storm:
         cpr = rig.hand_over()
+        storm.goes_on()
+    rig.time_deliveries()
     cpr.leave()
     return Stormy(rig, cpr, storm)
 

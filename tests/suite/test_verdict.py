@@ -23,7 +23,7 @@ import pytest
 from rich.console import Console
 
 from fixtures.evidence.saved import load
-from fixtures.evidence.verdict import Verdict
+from fixtures.evidence.verdict import Case, Verdict
 
 ROOT = Path(__file__).parents[2]
 
@@ -238,6 +238,33 @@ def test_what_is_written_can_be_read_back(tmp_path: Path) -> None:
     assert [case.result for case in saved.cases] == ["ok", "FAIL", "skip", "known"]
     assert saved.counts == {"FAIL": 1, "known": 1, "skip": 1, "ok": 1}
     assert list(saved.cases) == list(verdict.cases.values())
+
+
+def test_blackouts_are_summed_up_by_mode_and_each_cpr_counts_once() -> None:
+    verdict = Verdict(Config(json=None))  # type: ignore[arg-type]
+    for point, guest, qemu, downtime in (
+        ("msix:1", 10.2, 9.0, 5),
+        ("msix:8", 30.0, None, 6),
+        ("msix:8", 30.0, None, 6),  # another behaviour after the same CPR
+        ("msix:64", 20.0, 19.0, 9),
+        ("msix:8+cpr-exec", None, 99.6, None),
+        ("intx", None, None, None),
+    ):
+        case = Case("takeover", "behaviour", point, "ok")
+        case.notes["blackout"] = {"guest_ms": guest, "qemu_ms": qemu, "downtime_ms": downtime}
+        verdict.cases[f"{point} {len(verdict.cases)}"] = case
+    verdict.cases["none"] = Case("refused", "behaviour", "msix:8", "ok")
+    page = io.StringIO()
+    verdict.print(Console(file=page, width=100))
+    lines = [re.split("  +", line.strip()) for line in page.getvalue().splitlines()]
+    assert ["cpr-transfer (4)", "10 / 20 / 30", "9 / 14 / 19", "5 / 6 / 9"] in lines
+    assert ["cpr-exec (1)", "100 / 100 / 100"] in lines
+
+
+def test_where_nothing_was_taken_over_nothing_is_said_of_blackouts() -> None:
+    page = io.StringIO()
+    verdict_on(OK)[0].print(Console(file=page, width=100))
+    assert "blackout" not in page.getvalue()
 
 
 def test_it_is_written_as_json(tmp_path: Path) -> None:
