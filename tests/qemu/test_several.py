@@ -22,9 +22,11 @@ POINTS = Arrangements(
     also=(
         "msix:8+cpr-exec+twins",
         "msix:8+kinds",
+        "msix:8+virtual",
         "msix:8+multifunction",
         "msix:8+flr+vfio-user+multifunction",
         "msix:8+split+viommu",
+        "msix:8+split+remapped",
         "msix:8+iommufd+trap+twins",
         "msix:8+cpr-exec+iommufd+trap+objects",
         "msix:8+iommufd+trap+mixed",
@@ -61,11 +63,16 @@ def several(request: pytest.FixtureRequest, bench: LabBench, point: Together) ->
         rig.use_all()
     for rig in first.family[1:]:
         if isinstance(rig.model, MsixModel):
-            rig.mask(*MASKED)
-            rig.fire(*FIRED)
+            rig.mask(*of(rig, MASKED))
+            rig.fire(*of(rig, FIRED))
         rig.begin()
     storm = Storm(first)
     return Several(first.take_all_over(during=storm), storm)
+
+
+def of(rig: Rig, vectors: Sequence[int]) -> set[int]:
+    """Those of some vectors that a function has."""
+    return set(vectors) & set(rig.vectors)
 
 
 @contextmanager
@@ -100,15 +107,15 @@ def test_nothing_is_delivered_of_the_other_functions(several: Several) -> None:
 def test_masks_and_pending_bits_are_those_of_each_function(several: Several) -> None:
     assert not several.taken_over[0].after.pending
     for each in several.calm:
-        assert each.before.pending == each.after.pending == set(FIRED)
-        assert each.after.masked == set(MASKED)
+        assert each.before.pending == each.after.pending == of(each.rig, FIRED)
+        assert each.after.masked == of(each.rig, MASKED)
 
 
 def test_pending_vectors_are_delivered_once_when_unmasked(several: Several) -> None:
     for rig in [each.rig for each in several.calm]:
         rig.begin()
-        rig.unmask(*MASKED)
-        rig.await_delivery(*FIRED)
+        rig.unmask(*of(rig, MASKED))
+        rig.await_delivery(*of(rig, FIRED))
         rig.check(in_order=False)
 
 
@@ -139,6 +146,16 @@ def test_masking_holds_back_the_vectors_of_one_function_and_of_no_other(several:
         last.await_delivery(*last.vectors)
         last.check(in_order=False)
         last.begin()
+
+
+def test_a_message_changed_while_masked_is_the_one_delivered(several: Several) -> None:
+    """Or, where an IOMMU remaps interrupts, an entry of its table that the message names still."""
+    with counted_anew(several) as rigs:
+        for rig in rigs:
+            rig.mask(*rig.vectors)
+            rig.change_message(*rig.vectors)
+            rig.unmask(*rig.vectors)
+            rig.fire(*rig.vectors)
 
 
 @pytest.mark.usefixtures("traces")

@@ -171,12 +171,12 @@ class Plugged:
 
 
 @pytest.fixture(scope="module")
-def plugged(a_machine: Callable[..., Machine]) -> Iterator[Callable[[int], Plugged]]:
-    """Makes machines with an endpoint of so many vectors; the guest is ready."""
+def plugged(a_machine: Callable[..., Machine]) -> Iterator[Callable[..., Plugged]]:
+    """Makes machines with an endpoint of so many vectors, and devices; the guest is ready."""
     endpoints = []
 
-    def make(vectors: int) -> Plugged:
-        machine = a_machine()
+    def make(vectors: int, *devices: str) -> Plugged:
+        machine = a_machine(*devices)
         endpoint = IvshmemDoorbell(vectors)
         endpoints.append(endpoint)
         with endpoint.attach() as stream:

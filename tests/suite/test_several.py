@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fixtures.bench import _equipment
 from fixtures.endpoints import IvshmemDoorbell
+from fixtures.endpoints.igb import VirtualFunction, virtual_functions
+from fixtures.hosts.pci import PciDevice
 from fixtures.matrix import Point
 from fixtures.several import ARRANGEMENTS, Arrangements, Multifunction, Together
 from images.errors import BadInputError
@@ -19,7 +23,7 @@ def test_it_is_named_by_its_first_function_and_the_arrangement(name: str) -> Non
     together = Together.parse(f"msix:8+iommufd+trap+{name}")
     assert str(together) == f"msix:8+iommufd+trap+{name}"
     assert together.functions[0] == Point.parse("msix:8+iommufd+trap")
-    assert len(together.functions) >= 2
+    assert len(together.functions) + ARRANGEMENTS[name].virtual >= 2
     assert together != together.functions[0]
 
 
@@ -86,3 +90,21 @@ def test_functions_of_one_device_are_plugged_in_one_by_one(tmp_path: Path) -> No
     for stream in streams:
         stream.close()
     device.close()
+
+
+def test_a_virtual_function_raises_what_it_lets_through_and_forgets() -> None:
+    written: list[tuple[int, ...]] = []
+    endpoint, function = VirtualFunction(), SimpleNamespace(write=lambda *w: written.append(w))
+    endpoint.function = function  # type: ignore[assignment]
+    endpoint.fire(2)
+    assert written == [(0, 0x1524, 7), (0, 0x152C, 7), (0, 0x1520, 1 << 2)]
+
+
+def test_virtual_functions_are_where_their_physical_function_says() -> None:
+    host: Any = SimpleNamespace(
+        run=lambda _: SimpleNamespace(
+            out="/sys/devices/a/0000:02:10.0\n/sys/devices/a/0000:02:10.2\n"
+        )
+    )
+    devices = virtual_functions(host, PciDevice(host, "0000:02:00.0"), 2)
+    assert [device.address for device in devices] == ["0000:02:10.0", "0000:02:10.2"]
