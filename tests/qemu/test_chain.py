@@ -50,6 +50,8 @@ class Generation:
 
     :ivar mode: of that CPR.
     :ivar cpr_s: how long it took, from ``migrate`` to the guest's going on.
+    :ivar blackout_s: for how much of that the guest stood still, where it could be seen: a new QEMU
+        that was executed goes on before its monitor can be asked.
     :ivar delivery_s: how long each unmasked vector took then, from the device to the guest.
     :ivar memory: of ``/proc/PID/status``, in KiB: what is its own, and what it has pinned.
     :ivar shared: the files in the host's ``/dev/shm``, and their sizes in KiB.
@@ -58,6 +60,7 @@ class Generation:
     taken_over: TakenOver
     mode: str
     cpr_s: float
+    blackout_s: float | None
     delivery_s: Sequence[float]
     memory: dict[str, int]
     shared: dict[str, int]
@@ -124,6 +127,7 @@ def generation(rig: Rig, mode: type[Cpr]) -> Generation:
         taken_over,
         mode.mode,
         times[Step.RUNNING] - times[Step.MIGRATE],
+        None if (blackout_ms := taken_over.cpr.blackout_ms) is None else blackout_ms / 1e3,
         delivery_s,
         {k: int(v) for k, v in re.findall(r"(RssAnon|VmPin|VmLck):\s+(\d+) kB", status)},
         {name: int(size) for size, name in re.findall(r"(\d+)\s+(\S+)", shared)},
@@ -215,6 +219,14 @@ def test_a_takeover_does_not_take_longer_in_the_end(chain: Chain) -> None:
     for some in chain.of_a_kind():
         times = [each.cpr_s for each in some]
         expect_flat("the time of a CPR in s", times, factor=FACTOR, slack=CPR_SLACK_S)
+
+
+def test_a_blackout_is_not_longer_in_the_end(chain: Chain) -> None:
+    for some in chain.of_a_kind():
+        times = [each.blackout_s for each in some if each.blackout_s is not None]
+        assert times or some[0].mode == "cpr-exec"
+        if times:
+            expect_flat("a blackout in s", times, factor=FACTOR, slack=CPR_SLACK_S)
 
 
 def test_an_interrupt_does_not_take_longer_in_the_end(chain: Chain) -> None:
