@@ -111,7 +111,7 @@ def test_moments_of_a_host_are_put_on_our_clock(host: Host) -> None:
     told = of(old)
     (machine,) = told["machines"]
     assert machine["clock"]["offset_s"] == pytest.approx(BEHIND, abs=0.02)
-    assert abs(machine["clock"]["offset_s"] - BEHIND) <= machine["clock"]["within_s"] < 0.021
+    assert 0 <= machine["clock"]["offset_s"] - BEHIND <= machine["clock"]["within_s"] < 0.041
     found = times(told)
     assert found["STOP"] == pytest.approx(990.0, abs=0.021)
     assert found["qemu: no"] == pytest.approx(990.2, abs=0.021)
@@ -125,7 +125,7 @@ def test_moments_of_a_host_are_put_on_our_clock(host: Host) -> None:
 def test_any_host_can_be_asked_for_its_time(host: Host, busybox: bool) -> None:
     host.busybox = busybox
     (machine,) = of(Machine(host, "old QEMU"))["machines"]
-    assert machine["clock"]["offset_s"] == pytest.approx(BEHIND, abs=0.021)
+    assert machine["clock"]["offset_s"] == pytest.approx(BEHIND, abs=0.031)
 
 
 def test_an_event_that_was_heard_at_once_makes_the_bounds_narrower(host: Host) -> None:
@@ -372,7 +372,7 @@ def test_the_timeline_of_a_real_cpr(
     told = timeline.of(rig)
     assert told["lacks"] == []
     for each in told["machines"]:
-        assert abs(each["clock"]["offset_s"]) <= each["clock"]["within_s"] < 0.1
+        assert 0 <= each["clock"]["offset_s"] <= each["clock"]["within_s"] < 0.1
     names = [(moment["source"], moment["what"].split()[0]) for moment in told["moments"]]
     order = [("harness", "old"), ("qemu-0", "migrate"), ("qemu-0", "STOP")]
     assert [names.index(each) for each in order] == sorted(names.index(each) for each in order)
