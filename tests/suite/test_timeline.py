@@ -103,7 +103,7 @@ def test_moments_of_a_host_are_put_on_our_clock(host: Host) -> None:
     old = Machine(
         host,
         "old QEMU",
-        [event("STOP", 990.0, 990.02)],
+        [(989.99, "->", {"execute": "stop"}), event("STOP", 990.0, 990.02)],
         traced="1970-01-01T00:16:29.300000Z vfio_msi_interrupt  (0000:01:00.0) vector 6 0xfee/0x36",
         logged="1970-01-01T00:16:29.400000Z qemu: no\nand no time",
         history=[(980.0, "old QEMU is started")],
@@ -122,25 +122,47 @@ def test_moments_of_a_host_are_put_on_our_clock(host: Host) -> None:
 
 
 @pytest.mark.parametrize("busybox", [False, True])
-def test_any_host_can_be_asked_for_its_time(host: Host, busybox: bool) -> None:
+def test_a_host_of_which_nobody_has_told_is_asked_for_its_time(host: Host, busybox: bool) -> None:
     host.busybox = busybox
     (machine,) = of(Machine(host, "old QEMU"))["machines"]
-    assert machine["clock"]["offset_s"] == pytest.approx(BEHIND, abs=0.031)
+    assert 0 <= machine["clock"]["offset_s"] - BEHIND <= machine["clock"]["within_s"] < 0.041
 
 
-def test_an_event_that_was_heard_at_once_makes_the_bounds_narrower(host: Host) -> None:
-    (slow,) = of(Machine(host, "old QEMU"))["machines"]
-    heard = [event("STOP", 990.0, 990.001)]
-    (fast,) = of(Machine(host, "old QEMU", heard))["machines"]
-    assert fast["clock"]["within_s"] < slow["clock"]["within_s"]
-
-
-def test_of_a_host_that_is_gone_the_events_say_what_there_is_to_know(host: Host) -> None:
+def test_one_that_is_gone_has_ours(host: Host) -> None:
     host.gone = True
+    assert of(Machine(host, "old QEMU"))["machines"][0]["clock"] == {
+        "offset_s": 0.0,
+        "within_s": None,
+    }
+
+
+def test_an_event_comes_after_its_cause_and_before_it_is_heard(host: Host) -> None:
+    said = [
+        (989.99, "->", {"execute": "migrate"}),
+        event("MIGRATION", 990.0, 990.05),
+        event("STOP", 990.5, 990.52),
+        event("MIGRATION", 991.0, 991.06),
+    ]
+    clock = of(Machine(host, "old QEMU", said))["machines"][0]["clock"]
+    assert clock == {"offset_s": pytest.approx(0.82), "within_s": pytest.approx(0.03)}
+
+
+def test_without_a_cause_an_event_is_as_late_as_it_can_be(host: Host) -> None:
     heard = [event("STOP", 990.0, 990.02), event("RESUME", 991.0, 991.3)]
     told = of(Machine(host, "old QEMU", heard))
     assert told["machines"][0]["clock"]["within_s"] is None
     assert times(told)["STOP"] == pytest.approx(990.02)
+
+
+def test_where_the_clock_trembles_causes_come_first(host: Host) -> None:
+    said = [
+        (990.02, "->", {"execute": "stop"}),
+        event("STOP", 990.0, 990.05),
+        event("RESUME", 992.0, 992.001),
+    ]
+    told = of(Machine(host, "old QEMU", said))
+    assert times(told)["STOP"] >= times(told)["stop"]
+    assert told["machines"][0]["clock"]["within_s"] == pytest.approx(0.019)
 
 
 def test_what_one_qemu_says_of_its_host_holds_for_another_there(host: Host) -> None:
@@ -148,14 +170,6 @@ def test_what_one_qemu_says_of_its_host_holds_for_another_there(host: Host) -> N
     old = Machine(host, "old QEMU", [event("STOP", 990.0, 990.02)])
     new = Machine(host, "new QEMU", logged="1970-01-01T00:16:29.200000Z qemu: no")
     assert times(of(old, new))["qemu: no"] == pytest.approx(990.02)
-
-
-def test_a_host_that_was_booted_anew_has_another_clock(host: Host) -> None:
-    """Its events were heard before they can have been, by the clock that it has now."""
-    stamp = {"seconds": 990, "microseconds": 0}
-    old = Machine(host, "old QEMU", [(990.1, "<-", {"event": "STOP", "timestamp": stamp})])
-    clock = of(old)["machines"][0]["clock"]
-    assert (clock["offset_s"], clock["within_s"]) == (pytest.approx(0.1), None)
 
 
 def test_a_source_that_cannot_be_had_does_not_take_the_rest_along(host: Host) -> None:
