@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -44,6 +45,9 @@ class Host:
         return answer
 
 
+_paths = (f"{number}.log" for number in itertools.count())
+
+
 @dataclass
 class Machine:
     """A QEMU: what it said, by its host's clock, and when we heard it, by ours."""
@@ -56,6 +60,7 @@ class Machine:
     history: list[tuple[float, str]] = field(default_factory=list)
     is_started: bool = True
     ended: str | None = None
+    log_path: str = field(default_factory=lambda: next(_paths))
 
     @property
     def _monitor(self) -> Any:
@@ -199,6 +204,18 @@ def test_a_device_tells_of_this_guest_alone(host: Host) -> None:
     endpoint = SimpleNamespace(fired=[(970.0, 1), (985.0, 2)])
     moments = of(old, endpoint=endpoint)["moments"]
     assert [m["what"] for m in moments if m["source"] == "device"] == ["vector 2 fired"]
+
+
+def test_a_log_that_two_share_is_told_once(host: Host) -> None:
+    """As after a cpr-exec."""
+    both = "1970-01-01T00:16:29.100000Z of old\n1970-01-01T00:16:29.300000Z of new"
+    stamps = ("29.000000", "29.200000")
+    old, new = (
+        Machine(host, "QEMU", traced=f"1970-01-01T00:16:{at}Z trace", logged=both, log_path="log")
+        for at in stamps
+    )
+    said = [(m["source"], m["what"]) for m in of(old, new)["moments"] if m["kind"] == "said"]
+    assert said == [("qemu-0", "of old"), ("qemu-1", "of new")]
 
 
 def test_the_end_of_a_process_is_told(host: Host) -> None:
