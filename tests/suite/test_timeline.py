@@ -206,6 +206,22 @@ def test_a_device_tells_of_this_guest_alone(host: Host) -> None:
     assert [m["what"] for m in moments if m["source"] == "device"] == ["vector 2 fired"]
 
 
+def test_each_of_several_devices_is_named(host: Host) -> None:
+    old = Machine(host, "old QEMU", history=[(980.0, "old QEMU is started")])
+    family = [
+        SimpleNamespace(
+            endpoint=SimpleNamespace(fired=[(985.0 + n, n)]),
+            device=SimpleNamespace(address=f"0000:0{n}:00.0"),
+        )
+        for n in range(2)
+    ]
+    moments = of(old, family=family)["moments"]
+    assert [m["what"] for m in moments if m["source"] == "device"] == [
+        "0000:00:00.0 vector 0 fired",
+        "0000:01:00.0 vector 1 fired",
+    ]
+
+
 def test_a_log_that_two_share_is_told_once(host: Host) -> None:
     """As after a cpr-exec."""
     both = "1970-01-01T00:16:29.100000Z of old\n1970-01-01T00:16:29.300000Z of new"

@@ -87,6 +87,19 @@ def test_a_vector_before_and_after_the_cpr_and_now() -> None:
 MESSAGE = "0xfee00000/0x30"
 
 
+def test_each_of_several_functions_is_named() -> None:
+    one, other = rig(), rig()
+    one.family = other.family = [one, other]
+    one.device.address, other.device.address = "0000:01:00.0", "0000:01:00.1"
+    rows = vectors.of(one)["vectors"]
+    assert [(row["function"], row["vector"]) for row in rows] == [
+        ("0000:01:00.0", 0),
+        ("0000:01:00.0", 1),
+        ("0000:01:00.1", 0),
+        ("0000:01:00.1", 1),
+    ]
+
+
 def test_before_a_cpr_there_are_no_sides() -> None:
     some = rig()
     some.sides = {}
