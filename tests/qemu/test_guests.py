@@ -101,7 +101,7 @@ def expect_intact(traffic: Traffic) -> None:
     """End it; each portion has come as it was sent."""
     portions = traffic.end()
     assert portions
-    assert [came for _, came in portions] == [sent for sent, _ in portions]
+    assert [portion for portion in portions if len(set(portion)) > 1] == []
 
 
 def grown(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> set[str]:
