@@ -22,7 +22,7 @@ from images.assets import (
     Tools,
     lab_kernel,
 )
-from images.cache import Cache, Recipe
+from images.cache import Cache, Recipe, digest
 from images.errors import BadInputError, EnvironmentFault, SuiteError
 from images.progress import Progress
 
@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "5 to 12 min), lab-kernel (our own if it has been built, else Debian's); "
         f"default: {' '.join(DEFAULT)}",
     )
+    verbs.add_parser(
+        "key", help="print a hash of what `build` makes: that of a cache which holds all of it"
+    )
     verbs.add_parser("list", help="what is in the cache, with sizes")
     verbs.add_parser("verify", help="compare every cached asset with its manifest")
     verbs.add_parser("update", help="select the newest packages again")
@@ -129,6 +132,9 @@ def _run(options: argparse.Namespace, cache: Cache) -> int:
             )
         for name in options.assets or DEFAULT:
             print(cache.ensure(recipes[name]), flush=True)
+    elif options.verb == "key":
+        recipes = _recipes(options, cache)
+        print(digest({name: recipes[name].key(cache) for name in DEFAULT}))
     elif options.verb == "list":
         for place in cache.assets():
             size = sum(path.lstat().st_size for path in place.rglob("*"))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,6 +64,20 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert out == ""
     assert err.count("\n") == 1
     return err
+
+
+def test_the_key_is_that_of_all_that_is_built(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(**keys: str) -> str:
+        recipes = {name: SimpleNamespace(key=lambda _, k=k: k) for name, k in keys.items()}
+        monkeypatch.setattr("images.__main__._recipes", lambda *_: recipes)
+        assert main(["key"]) == 0
+        return capsys.readouterr().out
+
+    names = dict.fromkeys(("probe", "qemu", "qemu-image", "labroot", "lab-kernel"), "a")
+    assert key(**names) == key(**names, other="c")
+    assert len({key(**names | {name: "b"}) for name in names} | {key(**names)}) == 6
 
 
 @needs_gcc
