@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fixtures.guests.linux import LinuxGuest
+from fixtures.guests.linux import LinuxGuest, Network
 from fixtures.guests.probe import GuestError
 from fixtures.hosts import LocalHost
 from fixtures.linux import COMMAND_LINE
@@ -21,6 +21,9 @@ from fixtures.waiting import DeadlineError, until
 from images import assets
 from images.cache import Cache
 from images.sysroot import Sysroot
+
+#: What a kernel has else in each of its lives.
+BOOT = "/proc/sys/kernel/random/boot_id"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,35 @@ def linux(local: LocalHost, packaged: Sysroot, cache: Cache) -> Iterator[LinuxGu
         Path(spec.ram).unlink(missing_ok=True)
 
 
+def test_the_agent_answers(linux: LinuxGuest) -> None:
+    linux.ping()
+    linux.sync()
+
+
+def test_an_agent_that_does_not_answer_in_time_is_named_with_what_it_was_asked(
+    linux: LinuxGuest,
+) -> None:
+    agent = linux.run("pidof qemu-ga").strip()
+    stopped = f"sleep 0.3; kill -STOP {agent}; sleep 2; kill -CONT {agent}"
+    linux.run(f"({stopped}) > /dev/null 2>&1 < /dev/null &")
+    with pytest.raises(
+        MonitorLostError,
+        match=r"agent in old QEMU: guest-ping: waited 0\.3 s for the agent in old QEMU to answer",
+    ):
+        ping_often(linux, 10000, deadline_s=0.3)
+    linux.sync()
+
+
+def ping_often(linux: LinuxGuest, times: int, deadline_s: float) -> None:
+    for _ in range(times):
+        linux.ping(deadline_s)
+
+
+def test_a_command_that_the_agent_does_not_know_is_named(linux: LinuxGuest) -> None:
+    with pytest.raises(CommandRefusedError, match="the agent in old QEMU refused guest-nothing"):
+        linux.ask("guest-nothing")
+
+
 def test_a_command_runs_to_its_end(linux: LinuxGuest) -> None:
     assert linux.run(["echo", "a  b"]) == "a  b\n"
     assert linux.run("echo a; echo b | tr b c") == "a\nc\n"
@@ -85,6 +117,24 @@ def test_a_file_is_read_to_its_end(linux: LinuxGuest) -> None:
     assert linux.read("/proc/version").startswith("Linux version ")
     with pytest.raises(CommandRefusedError, match="nowhere"):
         linux.read("/nowhere")
+
+
+def test_a_file_is_what_was_written_to_it(linux: LinuxGuest) -> None:
+    numbers = "".join(f"{n}\n" for n in range(20000))
+    for content in (numbers, "a\n", ""):
+        linux.write("/tmp/written", content)
+        assert linux.read("/tmp/written") == content
+    with pytest.raises(CommandRefusedError, match=r"guest-file-open.*/nowhere/at/all"):
+        linux.write("/nowhere/at/all", "a")
+
+
+def test_no_file_stays_open(linux: LinuxGuest) -> None:
+    def open_files() -> list[str]:
+        return linux.run("ls -l /proc/$(pidof qemu-ga)/fd | grep -c /tmp/ || true").split()
+
+    linux.write("/tmp/written", "a")
+    linux.read("/tmp/written")
+    assert open_files() == ["0"]
 
 
 def test_interrupts_are_counted_by_name_and_cpu(linux: LinuxGuest) -> None:
@@ -160,23 +210,56 @@ def test_the_queues_of_a_disk_interrupt_the_cpu_that_they_belong_to(linux: Linux
 
 
 def test_the_guest_sees_what_is_plugged_in_and_lets_go_of_it(linux: LinuxGuest) -> None:
-    def networks() -> list[str]:
-        return linux.run("ls /sys/class/net").split()
-
-    device = "virtio-net-pci,id=late,bus=port0"
-    assert "eth0" not in networks()
+    device = "virtio-net-pci,id=late,bus=port0,mac=52:54:00:00:00:77"
+    assert "eth0" not in linux.networks()
     linux.machine.plug(device)
-    until(lambda: "eth0" in networks(), "the guest to see it", 20, pause_s=0.05)
+    until(lambda: "eth0" in linux.networks(), "the guest to see it", 20, pause_s=0.05)
+    linux.run("ip addr add 10.0.0.7/24 dev eth0")
+    assert linux.networks() == {
+        "lo": Network("00:00:00:00:00:00", frozenset({"127.0.0.1/8"})),
+        "eth0": Network("52:54:00:00:00:77", frozenset({"10.0.0.7/24"})),
+    }
     linux.machine.unplug(device)
-    assert "eth0" not in networks()
+    assert "eth0" not in linux.networks()
     assert device not in linux.machine.spec.devices
+
+
+def test_a_guest_sleeps_and_its_agent_answers_once_it_is_awake(linux: LinuxGuest) -> None:
+    boot = linux.read(BOOT)
+    for _ in range(2):
+        linux.suspend()
+        assert linux.machine.status() == "suspended"
+        linux.wake()
+        linux.ping()
+        assert linux.read(BOOT) == boot
+    assert linux.run("dmesg | grep -c 'PM: suspend exit'") == "2\n"
+
+
+def test_a_guest_that_cannot_sleep_says_why(linux: LinuxGuest) -> None:
+    linux.run("mount --bind /dev/null /sys/power/state")
+    try:
+        with pytest.raises(CommandRefusedError, match="refused guest-suspend-ram"):
+            linux.suspend()
+    finally:
+        linux.run("umount /sys/power/state")
+    linux.ping()
+
+
+def test_what_waits_for_an_agent_of_a_guest_that_sleeps_on_is_told_so(linux: LinuxGuest) -> None:
+    linux.suspend()
+    try:
+        with pytest.raises(DeadlineError, match="waited 2 s for the agent in old QEMU to answer"):
+            linux.machine.call_agent_again(deadline_s=2)
+    finally:
+        linux.wake()
+    linux.ping()
 
 
 def test_a_guest_that_was_reset_has_another_agent(linux: LinuxGuest) -> None:
     linux.run("touch /run/before")
-    boot = linux.read("/proc/sys/kernel/random/boot_id")
+    boot = linux.read(BOOT)
     linux.machine.reset()
-    assert linux.read("/proc/sys/kernel/random/boot_id") != boot
+    assert linux.read(BOOT) != boot
     assert linux.run("ls /run/before 2> /dev/null || echo none") == "none\n"
 
 
