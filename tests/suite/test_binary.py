@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import secrets
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +19,7 @@ import pytest
 from fixtures.hosts.nested import NEW_SYSROOT, SYSROOT
 from fixtures.machines import Capabilities, identify
 from fixtures.subject import Subject, Successor
+from fixtures.waiting import until
 from images.errors import BadInputError, EnvironmentFault
 from images.sysroot import QEMU_BINARY, Sysroot
 
@@ -220,3 +226,38 @@ def test_what_two_qemus_share_is_what_both_can() -> None:
 
 def test_the_packaged_qemu_has_versions_of_its_machine(packaged: Sysroot) -> None:
     assert {"10.1", "10.2"} <= identify(packaged, "it", "").machines
+
+
+ASK_IN_VAIN = """
+from fixtures.machines import binary
+from images.sysroot import Sysroot
+from pathlib import Path
+qmp = binary._Interview.qmp
+binary._Interview.qmp = lambda ask, *commands: qmp(ask, "no-such-command")
+binary.identify(Sysroot(Path({tree!r})), "a QEMU", "0" * 64)
+"""
+
+
+def test_a_qemu_that_is_asked_does_not_outlive_who_asks(packaged: Sysroot) -> None:
+    mark = f"VFIO_CPR_TEST={secrets.token_hex(8)}"
+
+    def asked() -> list[str]:
+        listing = subprocess.run(
+            f"grep -ls {mark} /proc/[0-9]*/environ", shell=True, capture_output=True, text=True
+        ).stdout.split()
+        found: list[str] = []
+        for entry in listing:
+            with contextlib.suppress(OSError):
+                command = Path(entry).with_name("cmdline").read_bytes()
+                found += [entry] if b"\0stdio\0" in command else []
+        return found
+
+    asker = subprocess.Popen(
+        [sys.executable, "-c", ASK_IN_VAIN.format(tree=str(packaged.root))],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **dict([mark.split("=")])},
+    )
+    until(asked, "QEMU to be asked", 60, pause_s=0.05)
+    asker.kill()
+    asker.wait()
+    until(lambda: not asked(), "QEMU to end", 20, pause_s=0.05)
