@@ -208,6 +208,11 @@ def test_every_verb_says_that_the_connection_is_lost(again: SshHost) -> None:
         assert str(caught.value).startswith("the lab host again: ")
 
 
+def test_a_command_whose_host_is_lost_has_not_ended_by_itself(again: SshHost) -> None:
+    with pytest.raises(HostLostError, match=r"the lab host again: `kill .*"):
+        again.run("kill -9 $PPID; sleep 600", check=False)
+
+
 def test_a_program_on_a_lost_host_is_not_waited_for(again: SshHost) -> None:
     process = again.spawn(["sleep", "600"], log=again.scratch / "log")
     again._connection.abort()
@@ -406,9 +411,11 @@ def test_a_lab_host_that_dies_is_lost_and_the_bench_gives_another(
 ) -> None:
     lab_bench.incidents.clear()
     before = {path.name for path in Path("/proc/self/fd").iterdir()}
+    assert lab_bench.lost() is None
     lab.process.kill()
     with pytest.raises(HostLostError):
         lab.run("echo well", deadline_s=20)
+    assert str(lab_bench.lost()).startswith("lab host (intel-iommu): ")
     other = lab_bench.lab
     assert other is not lab
     assert len(late_sshd) == 2

@@ -318,6 +318,15 @@ BEHAVIOURS = {
     "test_has_no_host": "def test_has_no_host(no_host): pass",
     "test_known": "def test_known(a_known_issue): pass",
     "test_fixed": "def test_fixed(bench): pass",
+    "test_loses_its_host": (
+        "@pytest.fixture(scope='module')\n"
+        "def loses_its_host(bench):\n"
+        "    bench.lost = lambda: 'the lab host has gone'\n"
+        "    raise AssertionError('new QEMU does not answer')\n"
+        "def test_loses_its_host(loses_its_host): pass\n"
+        "def test_has_lost_its_host(bench, loses_its_host): pass\n"
+        "def test_has_another(bench): del bench.lost; assert False\n"
+    ),
     "test_kills_its_worker": "def test_kills_its_worker(bench): os.kill(os.getpid(), 9)",
     "test_is_interrupted": "def test_is_interrupted(bench): raise KeyboardInterrupt",
 }
@@ -416,6 +425,16 @@ def test_a_real_run_ends_with_its_exit_code(
 ) -> None:
     done = run(tmp_path, behaviours)
     assert (done.exit, done.last_word.split(":")[0]) == (code, word), done.output
+
+
+def test_what_is_seen_of_a_qemu_whose_host_goes_is_no_failure_of_qemu(tmp_path: Path) -> None:
+    done = run(tmp_path, ["test_loses_its_host"])
+    assert done.results == {
+        "loses its host": "error",
+        "has lost its host": "error",
+        "has another": "FAIL",
+    }
+    assert "the lab host has gone: new QEMU does not answer" in done.output
 
 
 def test_a_failure_is_told_even_if_its_evidence_cannot_be_kept(tmp_path: Path) -> None:
