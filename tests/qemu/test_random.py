@@ -9,15 +9,15 @@ from functools import partial
 
 import pytest
 from hypothesis import strategies as st
-from packaging.version import Version
 
-from fixtures.bench import ACKNOWLEDGE, Bench, LabBench
+from fixtures.bench import ACKNOWLEDGE, LabBench
 from fixtures.coverage import SOUND, Coverage
 from fixtures.direct import DirectBench
 from fixtures.endpoints.vfio_user import Bar, Description, Msi, Msix
 from fixtures.matrix import Point
 from fixtures.oracle.model import InterruptModel, IntxModel, MsiModel, MsixModel
 from fixtures.rig import intx, msi, msix
+from fixtures.sequences import sequences, takes_gaps
 from fixtures.statemachine import Plan, Scene, Setting, play, source
 
 pytestmark = pytest.mark.random
@@ -33,14 +33,6 @@ POINTS = Coverage(
     bars=("mmap",),
     endpoint=("vfio-user",),
 )
-
-LAB = """\
-from fixtures.coverage import Coverage
-
-POINTS = Coverage("{point}")
-
-
-def test_a_sequence_found_by_chance(request, bench, point) -> None:"""
 
 DIRECT = """\
 from fixtures.endpoints.vfio_user import Bar, Description, Msi, Msix
@@ -88,11 +80,6 @@ def an_intx_function(draw: st.DrawFn) -> Setting:
 
 
 FUNCTIONS = {"msix": an_msix_function(), "msi": an_msi_function(), "intx": an_intx_function()}
-MODELS: dict[str, Callable[[int], InterruptModel]] = {
-    "msix": MsixModel,
-    "msi": lambda vectors: MsiModel(vectors, granted=vectors),
-    "intx": IntxModel,
-}
 
 
 @pytest.mark.parametrize("kind", FUNCTIONS)
@@ -117,19 +104,3 @@ def test_any_sequence_of_steps_with_cpr_is_as_the_specification_says(
     keep_script: Callable[[str], None],
 ) -> None:
     play(sequences(bench, point), plan, request.addfinalizer, keep_script)
-
-
-def sequences(bench: LabBench, point: Point, *, cpr: bool = True) -> Scene:
-    line = "rig = bench.rig(point, request.addfinalizer)"
-    # Known issue msi-shows-no-pending-bits.
-    setting = Setting(
-        line, partial(MODELS[point.kind], point.vectors), point.vectors, point.kind == "msix"
-    )
-    names = {"bench": bench, "point": point}
-    text = LAB.format(point=point)
-    return Scene(st.just(setting), names, text, cpr=cpr, gaps=takes_gaps(bench))
-
-
-def takes_gaps(bench: Bench) -> bool:
-    """Known issue gap-crashes-msix-enable."""
-    return Version(bench.subject.capabilities.version.split()[0]) >= Version("11")
