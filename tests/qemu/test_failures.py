@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from fixtures.bench import Survivor
+import pytest
+
+from fixtures.bench import LabBench, Survivor, equipment
 from fixtures.coverage import SOUND, Coverage
 from fixtures.cpr import Failing, Step
+from fixtures.hosts import PciDevice
+from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
 
 POINTS = Coverage(
@@ -23,6 +28,18 @@ POINTS = Coverage(
 )
 
 MASKED, PENDING, MEANWHILE = (4, 5, 6), (4,), (0, 5)
+
+
+@pytest.fixture
+def other(bench: LabBench, point: Point) -> PciDevice:
+    """Another function of the lab host."""
+    lab = bench.lab_with(point.iommu)
+    names = [name for name in lab.endpoints if "msix" in name and name != equipment(point)]
+    if not names:
+        pytest.skip("the lab host has one function only (add --point msix:64)")
+    device = lab.device(names[0])
+    device.bind()
+    return device
 
 
 def expect_rollback(
@@ -47,7 +64,7 @@ def expect_rollback(
         before = rig.observe()
 
         def meanwhile() -> None:
-            if at is Step.FROZEN:
+            if at in (Step.HELD, Step.FROZEN):
                 rig.model.stop()
             rig.fire(*MEANWHILE)
 
@@ -90,12 +107,20 @@ def test_new_qemu_dies_before_it_reads_the_cpr_state(survivor: Survivor) -> None
     expect_rollback(survivor, Failing.kill, Step.MIGRATE)
 
 
+def test_nobody_listens_on_the_main_channel(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.listen_elsewhere, Step.MIGRATE)
+
+
 def test_the_cpr_is_cancelled_before_new_qemu_reads_the_cpr_state(survivor: Survivor) -> None:
     expect_rollback(survivor, Failing.cancel, Step.MIGRATE)
 
 
 def test_the_cpr_is_cancelled_when_the_guest_has_been_stopped(survivor: Survivor) -> None:
     expect_rollback(survivor, Failing.cancel)
+
+
+def test_the_cpr_is_cancelled_before_the_devices_are_sent(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.cancel, Step.HELD)
 
 
 def test_new_qemu_of_a_cpr_that_is_cancelled_ends_with_an_error(survivor: Survivor) -> None:
@@ -116,6 +141,15 @@ def test_new_qemu_has_no_such_device(survivor: Survivor) -> None:
 
 def test_new_qemu_has_the_device_in_another_slot(survivor: Survivor) -> None:
     expect_rollback(survivor, devices=lambda device: (device.replace("addr=0x4", "addr=0x5"),))
+
+
+def test_new_qemu_has_a_device_with_another_number_of_vectors(
+    survivor: Survivor, other: PciDevice
+) -> None:
+    expect_rollback(
+        survivor,
+        devices=lambda device: (re.sub("host=[^,]+", f"host={other.address}", device),),
+    )
 
 
 def test_new_qemu_has_too_little_memory(survivor: Survivor) -> None:

@@ -101,5 +101,10 @@ def test_with_postcopy(survivor: Survivor) -> None:
     assert "postcopy" in expect_refused(survivor, MAIN, CPR, capability="postcopy-ram")
 
 
+def test_with_a_background_snapshot(survivor: Survivor) -> None:
+    said = expect_refused(survivor, MAIN, CPR, capability="background-snapshot")
+    assert "snapshot" in said.lower()
+
+
 def test_with_colo(survivor: Survivor) -> None:
     assert "colo" in expect_refused(survivor, MAIN, CPR, capability="x-colo").lower()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from fixtures.bench import LabBench
 from fixtures.coverage import MSIX, SOUND, Coverage
 from fixtures.cpr import Failing
+from fixtures.endpoints.vfio_user import VfioUserEndpoint
+from fixtures.guests.probe import Op, Verb
 from fixtures.matrix import Point
 from fixtures.oracle.observation import Observation, expect_same, expect_same_counts
 from fixtures.rig import Held, Rig, held
@@ -28,6 +31,8 @@ POINTS = Coverage(
 #: Of four vectors in a row: those that are masked, the one that fires before the CPR, and those
 #: that fire while the guest is stopped for it.
 MASKED, BEFORE, MEANWHILE = (2, 3), 2, (0, 3)
+#: Where the device and the guest write: clear of the probe's own.
+FREE_RAM = 0x60000
 
 
 def some(rig: Rig, *rest: int) -> list[int]:
@@ -99,6 +104,17 @@ def test_config_space_and_msix_table_are_the_same(attempt: Attempt) -> None:
 
 def test_the_device_is_not_reset(attempt: Attempt) -> None:
     assert attempt.after.witness == attempt.before.witness != 0
+
+
+@pytest.mark.limits(endpoint=("vfio-user",), container=("type1",))
+def test_dma_goes_both_ways(rig: Rig) -> None:
+    endpoint = rig.endpoint
+    assert isinstance(endpoint, VfioUserEndpoint)
+    written = secrets.token_bytes(8)
+    endpoint.dma_write(FREE_RAM, written)
+    assert rig.guest.memory(FREE_RAM, 8) == written
+    rig.guest.batch([Op(Verb.WRITE, FREE_RAM + 8, 0x600D_DA7A)])
+    assert endpoint.dma_read(FREE_RAM + 8, 4) == (0x600D_DA7A).to_bytes(4, "little")
 
 
 def test_old_qemu_holds_as_many_descriptors_of_each_kind(attempt: Attempt) -> None:
