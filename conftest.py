@@ -9,7 +9,12 @@ import pytest
 
 from fixtures.coverage import PROFILES
 
-pytest_plugins = ["fixtures.plugin", "fixtures.evidence.verdict", "fixtures.developer"]
+pytest_plugins = [
+    "fixtures.plugin",
+    "fixtures.soak",
+    "fixtures.evidence.verdict",
+    "fixtures.developer",
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +57,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="what to cover: "
         + "; ".join(f"{name}: {what}" for name, what in PROFILES.items())
         + " (default: main)",
+    )
+    group.addoption(
+        "--hours",
+        type=float,
+        default=1.0,
+        metavar="H",
+        help="for how long the profile soak goes on (default: 1)",
     )
     group.addoption(
         "--point",

@@ -63,6 +63,7 @@ BAD = {
         "--durations-from qemu: not a verdict (--verdict-json writes one)",
     ),
     "no such group": (["--group", "takeover"], "--group takeover: no such module (see"),
+    "a time for another profile": (["--hours", "1"], "--hours is for --profile soak"),
     "no place for the verdict": (["--verdict-json", "/proc/x/y.json"], "/proc/x/y.json"),
     "no place for the report": (["--html", "/proc/x/y.html"], "--html /proc/x/y.html: "),
     "a directory for the verdict": (["--verdict-json", "/tmp"], "--verdict-json /tmp: Is a"),
@@ -103,6 +104,15 @@ def test_a_value_that_is_no_choice_names_the_choices(capfd: pytest.CaptureFixtur
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("ci/verify: error: argument --lab-kernel: ")
     assert "'built'" in last
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "soon", "nan", "inf"])
+def test_a_time_that_is_none_is_told(capfd: pytest.CaptureFixture[str], hours: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--profile", "soak", f"--hours={hours}"])
+    assert caught.value.code == BAD_INPUT
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert f"argument --hours: '{hours}' is no number of hours above 0" in last
 
 
 # As a command, to the end.
