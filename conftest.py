@@ -117,6 +117,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="random sequences of each test that plays them (default: by profile, main has none)",
     )
+    group.addoption("--inventory", type=Path, metavar="FILE", help="verify on a host of this lab")
+    group.addoption(
+        "--host", action="append", default=[], metavar="NAME", help="this host of the lab"
+    )
+    group.addoption(
+        "--tag", action="append", default=[], metavar="TAG", help="hosts of the lab with this tag"
+    )
+    group.addoption(
+        "--wait", type=float, default=0, metavar="S", help="wait so long for a host to be free"
+    )
+    group.addoption(
+        "--cases", type=Path, metavar="FILE", help="only the cases whose ids are lines of this file"
+    )
     group.addoption("--cache", type=Path, metavar="DIR", help="where images are kept")
     group.addoption(
         "--evidence",

@@ -405,13 +405,19 @@ def lab_kernel(cache: Cache, choice: str = "auto") -> Kernel:
 
 
 class LabRoot(FromPackages):
-    """The lab host's root file system: busybox, sshd, gdbserver, and an init of a page."""
+    """The lab host's root file system: busybox, sshd, gdbserver, flock, and an init of a page."""
 
     name = "labroot"
     title = "Lab host's root file system"
     space = 300 << 20
     critical = ("root.erofs",)
-    packages = ("openssh-server", "openssh-sftp-server", "busybox-static", "gdbserver")
+    packages = (
+        "openssh-server",
+        "openssh-sftp-server",
+        "busybox-static",
+        "util-linux",
+        "gdbserver",
+    )
     files = HERE / "labroot"
 
     def key(self, cache: Cache) -> str:

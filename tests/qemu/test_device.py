@@ -74,7 +74,8 @@ def written(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> It
     rig.fire(*rig.vectors)
     rig.check()
     endpoint = rig.endpoint
-    assert isinstance(endpoint, VfioUserEndpoint)
+    if not isinstance(endpoint, VfioUserEndpoint):
+        pytest.skip("the device is not ours: it does no DMA for us, and says nothing of its resets")
     writer = endpoint.write_pattern(RING, SLOTS, RATE_HZ)
     try:
         until(lambda: writer.count > SLOTS, "the device to fill its ring", 10, pause_s=0.01)
