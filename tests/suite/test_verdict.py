@@ -506,5 +506,6 @@ def test_a_malformed_list_of_known_issues_is_one_clear_line(
     assert done.exit == pytest.ExitCode.USAGE_ERROR
     assert [line for line in done.output.splitlines() if line] == [
         f"ERROR: {tmp_path}/tests/qemu/known_issues.toml: issue 1: wants the fields "
-        "['evidence', 'id', 'summary', 'symptom', 'tests', 'versions'], has []"
+        "['evidence', 'id', 'summary', 'symptom', 'versions'], may have ['axes', 'no_reproducer', "
+        "'report', 'reproducer', 'tests', 'upstream'], has []"
     ]
