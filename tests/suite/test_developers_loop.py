@@ -147,6 +147,15 @@ def test_runs_with_other_evidence_are_others(
         LastRun.of(tmp_path / "cache", tmp_path / "elsewhere")
 
 
+def test_runs_of_long_ago_are_forgotten(recorded: Callable[..., LastRun], tmp_path: Path) -> None:
+    run = LastRun(["a.py::test_a"], "main", [])
+    run.keep(tmp_path / "cache", tmp_path / "elsewhere")
+    (old,) = (tmp_path / "cache/last-run").iterdir()
+    os.utime(old, (0, 0))
+    recorded(report("a.py::test_a", vfio_cpr={}))
+    assert not old.exists()
+
+
 def test_what_passes_may_leave_evidence(cache: Cache, tmp_path: Path) -> None:
     done = verify(cache, *DIRECT, "--keep-evidence", "-n", "0")
     assert done.returncode == 0
