@@ -105,6 +105,9 @@ def test_a_state_that_cannot_be_written_leaves_the_guest_in_old_qemu(
     assert caught.value.step == Step.MIGRATE
     assert "/no/such/directory/state" in str(caught.value)
     assert machine.status() == "suspended"
+    # The next CPR may be another, whose new QEMU would refuse a state without RAM.
+    capabilities = machine.monitor.execute("query-migrate-capabilities")
+    assert {"capability": "x-ignore-shared", "state": False} in capabilities
     assert_wakes_up(machine, guest)
 
 
