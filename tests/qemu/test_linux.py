@@ -10,36 +10,8 @@ import pytest
 
 from fixtures.guests.base import Guest, Traffic
 from fixtures.linux import LinuxBench, LinuxRig
+from fixtures.linux.account import Account, account
 from tests.qemu.test_guests import Behaviours, grown
-
-
-@dataclass(frozen=True)
-class Account:
-    """The guest's account of itself.
-
-    :ivar boot: what its kernel has else in each of its lives.
-    :ivar uptime_s: since it was booted.
-    :ivar mishaps: see `Workload.mishaps`.
-    :ivar interrupts: how often each of the device's has been served, by each CPU.
-    :ivar log: its kernel's.
-    """
-
-    boot: str
-    uptime_s: float
-    mishaps: dict[str, str]
-    interrupts: dict[str, list[int]]
-    log: str
-
-
-def account(rig: LinuxRig) -> Account:
-    guest = rig.guest
-    return Account(
-        rig.boot(),
-        float(guest.read("/proc/uptime").split()[0]),
-        rig.workload.mishaps(guest),
-        rig.interrupts(),
-        guest.run(["dmesg"]),
-    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +61,11 @@ def guest(linux: LinuxRig) -> Guest:
 
 class TestGuest(Behaviours):
     """What must hold of any guest."""
+
+
+def test_the_guest_knows_the_device_by_the_same_names(carried: Carried) -> None:
+    """An interface with its addresses, as the agent tells; a disk with its serial number."""
+    assert carried.after.identity == carried.before.identity
 
 
 def test_nothing_has_befallen_the_device(carried: Carried) -> None:
