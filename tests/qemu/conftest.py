@@ -14,7 +14,10 @@ from fixtures.subject import Subject
 
 @pytest.fixture(autouse=True)
 def _each_behaviour_counts_for_itself(request: pytest.FixtureRequest) -> None:
-    """Deliveries are counted from the start of each test: one failure does not cause more."""
+    """Deliveries are counted from the start of each test: one failure does not cause more.
+
+    So a test that is to see what its scene has raised gets that by a fixture of another name.
+    """
     if "taken_over" in request.fixturenames:
         request.getfixturevalue("taken_over").rig.begin()
     elif "rig" in request.fixturenames:

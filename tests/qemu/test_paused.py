@@ -44,7 +44,7 @@ def paused(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Rig
 
 
 @pytest.fixture(scope="module")
-def rig(paused: Rig) -> Rig:
+def resumed(paused: Rig) -> Rig:
     paused.cont()
     return paused
 
@@ -54,23 +54,23 @@ def test_it_stays_paused(paused: Rig) -> None:
     assert paused.taken() == 0
 
 
-def test_each_vector_that_fired_is_delivered_exactly_once_when_it_goes_on(rig: Rig) -> None:
-    rig.check(in_order=False)
+def test_each_vector_that_fired_is_delivered_exactly_once_when_it_goes_on(resumed: Rig) -> None:
+    resumed.check(in_order=False)
 
 
 @pytest.mark.limits(irq=MSIX)
-def test_those_that_are_masked_are_delivered_once_when_unmasked(rig: Rig) -> None:
-    rig.begin()
-    rig.unmask(*masked(rig))
-    rig.await_delivery(*masked(rig))
-    rig.check(in_order=False)
+def test_those_that_are_masked_are_delivered_once_when_unmasked(resumed: Rig) -> None:
+    resumed.begin()
+    resumed.unmask(*masked(resumed))
+    resumed.await_delivery(*masked(resumed))
+    resumed.check(in_order=False)
 
 
 @pytest.mark.usefixtures("traces")
 @pytest.mark.limits(path=("kvm",))
-def test_vectors_bypass_qemu_again_and_are_delivered_once(rig: Rig) -> None:
-    rig.begin()
-    mark = rig.machine.trace_mark()
-    rig.fire(*rig.vectors)
-    rig.check()
-    assert rig.handled_by_qemu(mark) == 0
+def test_vectors_bypass_qemu_again_and_are_delivered_once(resumed: Rig) -> None:
+    resumed.begin()
+    mark = resumed.machine.trace_mark()
+    resumed.fire(*resumed.vectors)
+    resumed.check()
+    assert resumed.handled_by_qemu(mark) == 0

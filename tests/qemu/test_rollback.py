@@ -74,7 +74,7 @@ def attempt(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> At
 
 
 @pytest.fixture
-def rig(attempt: Attempt) -> Rig:
+def kept(attempt: Attempt) -> Rig:
     return attempt.rig
 
 
@@ -82,9 +82,9 @@ def test_the_failure_is_told(attempt: Attempt) -> None:
     assert attempt.cpr.told
 
 
-def test_what_fired_meanwhile_is_delivered_exactly_once_and_nothing_else(rig: Rig) -> None:
-    rig.await_delivery(*rig.model.delivered)
-    rig.check(in_order=False)
+def test_what_fired_meanwhile_is_delivered_exactly_once_and_nothing_else(kept: Rig) -> None:
+    kept.await_delivery(*kept.model.delivered)
+    kept.check(in_order=False)
 
 
 def test_masks_are_the_same(attempt: Attempt) -> None:
@@ -122,24 +122,24 @@ def test_old_qemu_holds_as_many_descriptors_of_each_kind(attempt: Attempt) -> No
 
 
 @pytest.mark.limits(irq=MSIX)
-def test_pending_vectors_are_delivered_once_when_unmasked(rig: Rig) -> None:
-    rig.begin()
-    rig.unmask(*some(rig, *MASKED))
-    rig.await_delivery(*some(rig, *MASKED))
-    rig.check(in_order=False)
+def test_pending_vectors_are_delivered_once_when_unmasked(kept: Rig) -> None:
+    kept.begin()
+    kept.unmask(*some(kept, *MASKED))
+    kept.await_delivery(*some(kept, *MASKED))
+    kept.check(in_order=False)
 
 
 @pytest.mark.usefixtures("traces")
-def test_vectors_bypass_qemu_as_before(rig: Rig) -> None:
-    rig.begin()
-    mark = rig.machine.trace_mark()
-    rig.fire(*rig.vectors)
-    rig.check()
-    assert rig.handled_by_qemu(mark) == 0
+def test_vectors_bypass_qemu_as_before(kept: Rig) -> None:
+    kept.begin()
+    mark = kept.machine.trace_mark()
+    kept.fire(*kept.vectors)
+    kept.check()
+    assert kept.handled_by_qemu(mark) == 0
 
 
-def test_a_cpr_after_that_succeeds_and_every_vector_fires(rig: Rig) -> None:
-    rig.take_over()
-    rig.begin()
-    rig.fire(*rig.vectors)
-    rig.check()
+def test_a_cpr_after_that_succeeds_and_every_vector_fires(kept: Rig) -> None:
+    kept.take_over()
+    kept.begin()
+    kept.fire(*kept.vectors)
+    kept.check()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,21 @@ def test_its_steps_have_their_times_in_order(done: Transfer) -> None:
         Step.RUNNING,
     ]
     assert list(done.times.values()) == sorted(done.times.values())
+
+
+def test_what_is_to_be_done_at_its_steps_is_done_in_their_order(old: OldQemu) -> None:
+    seen: list[tuple[Step, str]] = []
+
+    def look(step: Step) -> None:
+        seen.append((step, transfer.new.status() if step == Step.RUNNING else old[0].status()))
+
+    steps = (Step.RUNNING, Step.MIGRATE)
+    transfer = Transfer(old[0], moments={step: partial(look, step) for step in steps})
+    try:
+        transfer.run()
+    finally:
+        transfer.new.close()
+    assert seen == [(Step.MIGRATE, "running"), (Step.RUNNING, "running")]
 
 
 def test_it_tells_for_how_long_the_guest_stood_still(done: Transfer) -> None:
