@@ -22,13 +22,13 @@ GHZ = 1_000_000_000
 OLD, NEW, RESUMED_S = Clock(0, 100.0, GHZ), Clock(5 * GHZ, 107.0, GHZ), 107.0
 
 
-def answers(*clock: int, version: int = 2) -> list[int]:
+def answers(*clock: int, version: int = 2, flags: int = 1) -> list[int]:
     """What `ask_clock` brings where KVM has written this."""
     ops = ask_clock()
     read = [n for n, op in enumerate(ops) if op.verb is Verb.READ]
     values = [0] * len(ops)
     values[read[0] : read[-1] + 1] = struct.unpack(
-        "<11I", struct.pack("<3II4xQQIb3x", version, 1000, 500_000_000, version, *clock)
+        "<11I", struct.pack("<3II4xQQIbB2x", version, 1000, 500_000_000, version, *clock, flags)
     )
     return values
 
@@ -46,6 +46,11 @@ def test_a_clock_is_what_kvm_says(scale: int, shift: int, hz: float) -> None:
 
 def test_where_nobody_answers_there_is_no_clock() -> None:
     assert Clock.of(answers(0, 0, 0, 0, version=0)) is None
+
+
+def test_a_counter_that_cannot_be_relied_on_is_no_clock() -> None:
+    assert Clock.of(answers(0, 250_000_000, 1 << 31, 0)) is None
+    assert Clock.of(answers(7 * GHZ, 250_000_000, 1 << 31, 0, flags=0)) is None
 
 
 def test_a_counter_stood_still_for_what_it_is_behind() -> None:
