@@ -107,13 +107,13 @@ def test_the_device_is_not_reset(attempt: Attempt) -> None:
 
 
 @pytest.mark.limits(endpoint=("vfio-user",), container=("type1",))
-def test_dma_goes_both_ways(rig: Rig) -> None:
-    endpoint = rig.endpoint
+def test_dma_goes_both_ways(kept: Rig) -> None:
+    endpoint = kept.endpoint
     assert isinstance(endpoint, VfioUserEndpoint)
     written = secrets.token_bytes(8)
     endpoint.dma_write(FREE_RAM, written)
-    assert rig.guest.memory(FREE_RAM, 8) == written
-    rig.guest.batch([Op(Verb.WRITE, FREE_RAM + 8, 0x600D_DA7A)])
+    assert kept.guest.memory(FREE_RAM, 8) == written
+    kept.guest.batch([Op(Verb.WRITE, FREE_RAM + 8, 0x600D_DA7A)])
     assert endpoint.dma_read(FREE_RAM + 8, 4) == (0x600D_DA7A).to_bytes(4, "little")
 
 

@@ -147,6 +147,10 @@ def test_a_run_without_verdict_tests_keeps_pytests_exit_code() -> None:
 def test_a_test_of_our_own_code_that_fails_is_a_failure_too() -> None:
     assert verdict_on(OK, others_failed=1)[1] == FAILED
     assert verdict_on(NO_HOST, others_failed=1)[1] == FAILED
+    page = io.StringIO()
+    verdict_on(OK, others_failed=1)[0].print(Console(file=page, width=100))
+    last = page.getvalue().splitlines()[-1]
+    assert last.startswith("FAILED: 1 ok, and 1 that failed beside the verdict")
 
 
 def test_the_worst_step_of_a_test_is_its_result() -> None:
