@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.blackout import gap_ms, standstill_ms
+from fixtures.blackout import gap_ms
 from fixtures.guests.clock import Clock, ask_clock
 from fixtures.guests.probe import Verb
 from fixtures.matrix import Point
@@ -53,11 +53,6 @@ def test_a_counter_that_cannot_be_relied_on_is_no_clock() -> None:
     assert Clock.of(answers(7 * GHZ, 250_000_000, 1 << 31, 0, flags=0)) is None
 
 
-def test_a_counter_stood_still_for_what_it_is_behind() -> None:
-    assert standstill_ms(OLD, NEW) == pytest.approx(2000)
-    assert standstill_ms(OLD, OLD) == 0
-
-
 def test_a_gap_is_from_the_last_in_old_qemu_to_the_first_in_new_qemu() -> None:
     taken = [int(at * GHZ) for at in (3.0, 4.9, 5.01, 5.02)]
     assert gap_ms(taken, OLD, NEW, RESUMED_S) == pytest.approx(2110)
@@ -83,18 +78,13 @@ def test_a_cpr_that_is_held_up_shows_by_each_clock_but_not_as_downtime(rig: Rig)
         cpr = rig.hand_over(lambda: time.sleep(HELD_S))
         storm.goes_on()
     cpr.leave()
-    still = rig.blackout
     rig.time_deliveries()
     gap = rig.blackout
-    assert still is not None
     assert gap is not None
-    assert still.guest_ms is not None
     assert gap.guest_ms is not None
     assert gap.qemu_ms is not None
     assert gap.downtime_ms is not None
     assert gap.guest_ms > gap.qemu_ms > HELD_S * 1e3
-    # The counter goes on before RESUME, but not long before.
-    assert HELD_S * 1e3 < still.guest_ms < gap.guest_ms
     assert gap.downtime_ms < gap.qemu_ms
 
 
