@@ -172,15 +172,14 @@ def test_the_eventfds_are_those_of_the_first_qemu(chain: Chain) -> None:
 
 
 @pytest.mark.usefixtures("traces")
-def test_what_is_preserved_is_there_by_the_same_names_in_each_generation(
-    chain: Sequence[TakenOver],
-) -> None:
+def test_what_is_preserved_is_there_by_the_same_names_in_each_generation(chain: Chain) -> None:
     """The device, what it belongs to, its eventfds, and memory that is no file."""
-    first = dict(chain[0].held_before.preserved)
-    assert len(first) > len(chain[0].held_before.eventfds)
+    held = chain.taken_over[0].held_before
+    first = dict(held.preserved)
+    assert len(first) > len(held.eventfds)
     assert "nothing" not in first.values()
-    others = [first.items() ^ each.held_after.preserved.items() for each in chain]
-    assert others == [set()] * len(chain)
+    others = [first.items() ^ each.held_after.preserved.items() for each in chain.taken_over]
+    assert others == [set()] * len(others)
 
 
 @pytest.mark.usefixtures("same_build")

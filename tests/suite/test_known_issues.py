@@ -158,6 +158,13 @@ def test_axes_are_those_of_the_point_in_the_name(path: Path) -> None:
     assert not issue.concerns("test_takeover.py::test_it_fires", VERSION)
 
 
+def test_axes_are_those_of_the_first_of_several_functions(path: Path) -> None:
+    path.write_text(re.sub("tests = .*", 'axes = { mode = ["cpr-exec"] }', ENTRY))
+    (issue,) = load(path)
+    assert issue.concerns("test_several.py::test_it_fires[msix:8+cpr-exec+twins]", VERSION)
+    assert not issue.concerns("test_several.py::test_it_fires[msix:8+twins]", VERSION)
+
+
 def test_axes_and_tests_must_both_fit(path: Path) -> None:
     path.write_text(ENTRY.replace(".*e1000e", "") + 'axes = { accel = ["tcg"] }\n')
     (issue,) = load(path)
