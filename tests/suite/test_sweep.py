@@ -16,6 +16,7 @@ from fixtures.labs import sweep
 from fixtures.labs.inventory import Device, Fire, Host, Limits
 from fixtures.labs.sweep import POINTS_PER_JOB, Job, Plan, is_done, main, plan, prepare, report
 from fixtures.matrix import Point
+from fixtures.several import Together
 from fixtures.waiting import until
 
 TAKEOVER, PENDING = "tests/qemu/test_takeover.py", "tests/qemu/test_pending.py"
@@ -94,6 +95,23 @@ def test_what_no_host_can_do_has_a_reason() -> None:
         "one has no device with endpoint=ivshmem, irq=msix:1, reset=bus; two has amd-iommu"
     )
     assert reasons[-1] == "needs no lab host (ci/verify --profile smoke)"
+
+
+def test_several_functions_are_for_no_host() -> None:
+    found = plan(
+        [
+            (
+                "tests/qemu/test_several.py::test_0[msix:8+twins]",
+                "bench",
+                Together.parse("msix:8+twins"),
+            )
+        ],
+        BOTH,
+        [],
+        Path("/lab.toml"),
+    )
+    assert not found.jobs
+    assert "assigned one at a time" in found.skipped[0][2]
 
 
 def test_many_points_are_several_jobs_and_no_case_is_lost() -> None:
