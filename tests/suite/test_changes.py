@@ -63,6 +63,14 @@ def test_it_is_tried_on_the_main_path_where_that_sees_them(
     assert "pending intx+vfio-user" not in cases
 
 
+def test_what_takes_several_functions_is_tried_where_the_first_is_at_the_fault_s_point(
+    chosen: Callable[..., set[str]],
+) -> None:
+    several = {case for case in chosen("hw/vfio/iommufd.c") if case.startswith("several ")}
+    assert "several msix:8+iommufd+trap+twins" in several
+    assert all("several msix:8+iommufd+trap+" in case for case in several)
+
+
 def test_more_files_mean_all_of_theirs(chosen: Callable[..., set[str]]) -> None:
     both = chosen("hw/pci/msi.c", "migration/cpr-exec.c")
     assert both == chosen("hw/pci/msi.c") | chosen("migration/cpr-exec.c")
