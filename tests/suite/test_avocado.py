@@ -417,16 +417,19 @@ def test_a_runner_that_is_ended_leaves_nothing(
     environment: dict[str, str], suite: Path, tmp_path: Path, number: int
 ) -> None:
     (suite / "ci/hangs").touch()
+    results = tmp_path / "results"
+    results.mkdir()
     runner = subprocess.Popen(
         ["avocado-runner-vfio-cpr", "runnable-run", "-u", str(suite / MODULE)],
         executable=environment["PATH"].partition(":")[0] + "/avocado-runner-vfio-cpr",
-        env=environment,
+        env={**environment, "TMPDIR": str(results)},
         stdout=subprocess.DEVNULL,
     )
     until(lambda: any("sleep 1000" in line for line in ours(tmp_path)), "its work", 20)
     runner.send_signal(number)
     runner.wait()
     until(lambda: not ours(tmp_path), "the end of all processes", 30)
+    until(lambda: not any(results.iterdir()), "the end of its results", 5)
 
 
 def test_the_real_suite_by_its_own_command(cache: Cache, tmp_path: Path) -> None:
