@@ -72,8 +72,17 @@ def test_each_vector_that_fired_is_delivered_exactly_once_however_often_it_did(
 
 @pytest.mark.limits(irq=("intx",))
 def test_a_pin_that_was_asserted_is_delivered(blackout: TakenOver) -> None:
-    """At least once: a level is there until the device has released it, which may be busy."""
+    """At least once: see `IntxModel`."""
     blackout.rig.await_delivery(0)
+
+
+@pytest.mark.limits(irq=("intx",))
+def test_none_comes_when_the_device_has_released_its_pin(blackout: TakenOver) -> None:
+    rig = blackout.rig
+    rig.await_delivery(0)
+    rig.observe()  # what was on its way has arrived
+    rig.begin()
+    rig.check()
 
 
 @pytest.mark.limits(irq=MSIX)
