@@ -76,11 +76,13 @@ def test_new_qemu_runs_the_guest_in_the_process_of_old_qemu(
 
 def test_it_can_be_done_again_and_again(old: OldQemu, an_exec: Callable[..., Exec]) -> None:
     machine, guest = old
+    _, start_s = machine.monitor, machine.start_s
     for _ in range(3):
         cpr = an_exec(machine)
         machine = cpr.run()
         cpr.leave()
     assert_goes_on(machine, guest)
+    assert machine.start_s == start_s is not None
 
 
 @pytest.mark.parametrize(
