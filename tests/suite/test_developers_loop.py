@@ -87,6 +87,7 @@ def test_what_failed_is_run_again_and_nothing_else(cache: Cache) -> None:
     assert "of the last run, what failed: 1 cases" in again.stderr
     mended = verify(cache, "--last-failed", "-n", "0")
     assert (mended.returncode, "GOOD: 1 ok in" in mended.stdout) == (0, True), mended.stdout
+    assert "in all: 0 CPRs, 8 interrupts raised, 8 delivered" in mended.stdout
     nothing = verify(cache, "--last-failed")
     assert (nothing.returncode, nothing.stdout) == (3, "")
     assert nothing.stderr == "ci/verify: nothing failed in the last run; nothing was verified\n"
