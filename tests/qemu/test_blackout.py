@@ -76,6 +76,13 @@ def test_a_pin_that_was_asserted_is_delivered(blackout: TakenOver) -> None:
     blackout.rig.await_delivery(0)
 
 
+@pytest.mark.usefixtures("traces")
+@pytest.mark.limits(irq=("intx",), path=("kvm",))
+def test_it_is_delivered_by_kvm_and_not_by_qemu_as_well(blackout: TakenOver) -> None:
+    blackout.rig.await_delivery(0)
+    assert blackout.rig.handled_by_qemu(0) == 0
+
+
 @pytest.mark.limits(irq=("intx",))
 def test_none_comes_when_the_device_has_released_its_pin(blackout: TakenOver) -> None:
     rig = blackout.rig
@@ -102,6 +109,15 @@ def test_they_are_delivered_once_when_unmasked(blackout: TakenOver) -> None:
 
 def test_the_device_is_not_reset(blackout: TakenOver) -> None:
     assert blackout.after.witness == blackout.before.witness != 0
+
+
+def test_nothing_is_delivered_by_a_takeover_after_that(blackout: TakenOver) -> None:
+    """What the eventfds held has been delivered by the first, and they hold it no more."""
+    rig = blackout.rig
+    rig.await_delivery(*rig.model.delivered)
+    rig.begin()
+    rig.take_over()
+    rig.check()
 
 
 @pytest.mark.usefixtures("traces")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import MSIX, SOUND, Coverage
+from fixtures.coverage import MESSAGES, MSIX, SOUND, Coverage
 from fixtures.cpr import Failing
 from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.guests.probe import Op, Verb
@@ -41,10 +41,14 @@ def some(rig: Rig, *rest: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A CPR that failed, with what was seen on either side of it."""
+    """A CPR that failed, with what was seen on either side of it.
+
+    :ivar mark: see `Machine.trace_mark`; before it.
+    """
 
     rig: Rig
     cpr: Failing
+    mark: int
     before: Observation
     after: Observation
     held_before: Held
@@ -60,7 +64,7 @@ def attempt(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> At
         rig.fire(*some(rig, BEFORE))
         rig.check()
     rig.begin()
-    before, held_before = rig.observe(), held(rig.machine)
+    before, held_before, mark = rig.observe(), held(rig.machine), rig.machine.trace_mark()
 
     def meanwhile() -> None:
         rig.model.stop()
@@ -70,7 +74,7 @@ def attempt(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> At
     rig.machines.append(cpr.new)
     cpr.fail()
     rig.model.cont()
-    return Attempt(rig, cpr, before, rig.observe(), held_before, held(rig.machine))
+    return Attempt(rig, cpr, mark, before, rig.observe(), held_before, held(rig.machine))
 
 
 @pytest.fixture
@@ -82,9 +86,23 @@ def test_the_failure_is_told(attempt: Attempt) -> None:
     assert attempt.cpr.told
 
 
+@pytest.mark.limits(irq=MESSAGES)
 def test_what_fired_meanwhile_is_delivered_exactly_once_and_nothing_else(kept: Rig) -> None:
     kept.await_delivery(*kept.model.delivered)
     kept.check(in_order=False)
+
+
+@pytest.mark.limits(irq=("intx",))
+def test_a_pin_that_was_asserted_meanwhile_is_delivered(kept: Rig) -> None:
+    """At least once: see `IntxModel`."""
+    kept.await_delivery(0)
+
+
+@pytest.mark.usefixtures("traces")
+@pytest.mark.limits(irq=("intx",))
+def test_it_is_delivered_by_kvm_and_not_by_qemu_as_well(attempt: Attempt) -> None:
+    attempt.rig.await_delivery(0)
+    assert attempt.rig.handled_by_qemu(attempt.mark) == 0
 
 
 def test_masks_are_the_same(attempt: Attempt) -> None:
