@@ -43,7 +43,7 @@
 
 #define PROBE_MAILBOX   0x80000
 #define PROBE_MAGIC     0x52504356      /* the bytes "VCPR" */
-#define PROBE_VERSION   6
+#define PROBE_VERSION   7
 
 #define PROBE_VECTORS   256
 #define PROBE_OPS       384
@@ -139,7 +139,13 @@ struct probe_mailbox {
     uint32_t result;            /* 0x03c: 0, or 1 + index of the refused one */
     uint32_t log_count;         /* 0x040: entries ever written */
     uint32_t cpus;              /* 0x044: that are up */
-    uint32_t reserved_048[238];
+    /*
+     * 0x048: written by the harness: the IDT vector that stays in service, without
+     * its EOI, while this stands here.  The CPU that has taken and counted it takes
+     * others that are of higher priority, and does nothing else.  0: none.
+     */
+    uint32_t held;
+    uint32_t reserved_04c[237];
     uint32_t counters[PROBE_VECTORS];           /* 0x0400: taken by all CPUs, per IDT vector */
     uint32_t reserved_800[512];
     struct probe_op ops[PROBE_OPS];             /* 0x1000 */
@@ -151,6 +157,7 @@ _Static_assert(offsetof(struct probe_mailbox, loops) == 0x020, "loops");
 _Static_assert(offsetof(struct probe_mailbox, request) == 0x030, "request");
 _Static_assert(offsetof(struct probe_mailbox, log_count) == 0x040, "log_count");
 _Static_assert(offsetof(struct probe_mailbox, cpus) == 0x044, "cpus");
+_Static_assert(offsetof(struct probe_mailbox, held) == 0x048, "held");
 _Static_assert(sizeof(struct probe_delivery) == 16, "delivery");
 _Static_assert(offsetof(struct probe_mailbox, counters) == 0x400, "counters");
 _Static_assert(offsetof(struct probe_mailbox, ops) == 0x1000, "ops");

@@ -298,6 +298,12 @@ void interrupt(const struct frame *frame)
     mailbox->counters[vector]++;
     mailbox->taken[id][vector]++;
     lock_release();
+    while (mailbox->held == vector) {
+        /* No hlt: the first CPU alone has a timer to wake it up. */
+        interrupts_enable();
+        pause();
+        interrupts_disable();
+    }
     if (vector != PROBE_SPURIOUS) {
         lapic_write(&cpus[id], LAPIC_EOI, 0);
     }

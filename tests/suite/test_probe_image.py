@@ -29,6 +29,7 @@ CFG_READ, CFG_WRITE, MMIO_READ, MMIO_WRITE = 1, 2, 3, 4
 PORT_IN, PORT_OUT, MSR_READ, MSR_WRITE, INTERRUPTS, NOP = 5, 6, 7, 8, 9, 10
 X2APIC, LOGICAL, ACKNOWLEDGE, SLEEP = 11, 12, 13, 14
 OPS, LOG, CPUS, TIMER, SPURIOUS = 384, 4096, 32, 0xEF, 0xFF
+HELD = 0x048
 
 SCRATCH = 0x200000
 ICR_LOW, ICR_HIGH = 0xFEE00300, 0xFEE00310
@@ -284,7 +285,7 @@ def test_a_failed_build_names_the_command(tmp_path: Path) -> None:
 def test_the_guest_introduces_itself(probe: Probe) -> None:
     assert probe.state == READY
     assert probe.ram[MAILBOX : MAILBOX + 4] == b"VCPR"
-    assert probe.u32(0x004) == 6
+    assert probe.u32(0x004) == 7
     assert probe.cpus == 1
 
 
@@ -462,6 +463,18 @@ def test_all_cpus_are_up_when_the_guest_is_ready(
         first = probe.log_count
         probe.run((MMIO_WRITE, 4, ICR_LOW, TO_ALL | 0x57))
         assert sorted(probe.taken(first, count)) == [(0x57, cpu) for cpu in range(count)]
+
+
+def test_an_interrupt_that_is_held_stays_in_service(two_cpus: Probe) -> None:
+    first, held, same, lower, higher = two_cpus.log_count, 0x51, 0x52, 0x41, 0x61
+    two_cpus.put(HELD, held)
+    two_cpus.interrupt(1, held)
+    assert two_cpus.taken(first, 1) == [(held, 1)]
+    for vector in (same, lower, higher):
+        two_cpus.interrupt(1, vector)
+    assert two_cpus.taken(first, 2) == [(held, 1), (higher, 1)]
+    two_cpus.put(HELD, 0)
+    assert two_cpus.taken(first, 4) == [(held, 1), (higher, 1), (same, 1), (lower, 1)]
 
 
 def test_each_delivery_names_the_cpu_that_took_it(two_cpus: Probe) -> None:
