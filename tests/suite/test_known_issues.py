@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fixtures.direct import described
+from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.evidence.known import KnownIssue, judge, load
 from fixtures.evidence.reproducer import BLOCKS
-from fixtures.known_issues import collected, flaws, mail, main
+from fixtures.known_issues import collected, flaws, mail, main, raiser
 from fixtures.matrix import product
 from images.cache import Cache
 from images.errors import BadInputError
@@ -386,6 +390,8 @@ def test_a_script_has_the_blocks_that_it_needs_and_no_others(path: Path) -> None
     script = issue.reproducer.script("", "")
     has = {name for name in BLOCKS if f"\n{name}() {{" in script}
     assert {"could_not", "set_up", "clean_up", "await", "ended", "greets", "killed"} <= has
+    at_once = replace(issue.reproducer, steps=("start old",)).script("", "")
+    assert "\nawait() {" in at_once  # as TIMEOUT=5 await
     assert not has & {"bind", "give_back", "bus", "listen", "failed"}
 
 
@@ -447,6 +453,73 @@ def test_a_device_must_be_named(path: Path, more: str, named: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"set {named} to ")
     assert play(path, "/bin/false", **{named: "/no/such"}).returncode == 2
+
+
+def test_a_script_takes_two_functions(path: Path) -> None:
+    path.write_text(
+        GOOD
+        + 'device = "msix:8+multifunction"\nneeds = "two functions"\n'
+        + "options = '-device vfio-pci,host=$DEVICE -device vfio-pci,host=$OTHER'\n"
+    )
+    (issue,) = load(path)
+    assert list(flaws([issue], [CASE])) == []
+    assert issue.reproducer
+    assert "DEVICE=0000:01:00.0 OTHER=0000:01:00.1 QEMU=" in issue.reproducer.script("", "")
+    done = play(path, "/bin/false", DEVICE="/no/such", OTHER="/no/such")
+    assert done.returncode == 2
+    assert done.stderr.startswith("set DEVICE and OTHER to the PCI address of two functions")
+
+
+PENDING = """\
+[issue.reproducer]
+steps = ["start old", "monitor old", "enable_msix old 0"]
+shows = "hides_pending old 0"
+served = true
+device = "msix:8+vfio-user"
+needs = "a server"
+options = '-device {"driver":"vfio-user-pci","addr":"4","socket":{"type":"unix","path":"$SOCKET"}}'
+"""
+
+
+class Knowing(VfioUserEndpoint):
+    """A server that shows as pending what is masked."""
+
+    def fire(self, vector: int = 0) -> None:
+        self.set_pending(vector)
+        super().fire(vector)
+
+
+@pytest.mark.parametrize(("server", "code"), [(VfioUserEndpoint, 0), (Knowing, 1)])
+def test_a_server_is_told_to_raise_a_vector(
+    path: Path, packaged: Sysroot, tmp_path: Path, server: type[VfioUserEndpoint], code: int
+) -> None:
+    path.write_text(ENTRY + REPORT + PENDING)
+    endpoint = server(described(8))
+    with contextlib.ExitStack() as stack:
+        stack.callback(endpoint.close)
+        endpoint.listen(tmp_path / "socket")
+        fire = raiser(endpoint, tmp_path, stack)
+        done = play(path, shlex.join(packaged.qemu()), SOCKET=str(tmp_path / "socket"), FIRE=fire)
+    assert done.returncode == code, done.stderr
+    assert f"the pending bit of vector 0 was {code} " in done.stdout
+
+
+def test_what_raises_a_vector_must_be_named(path: Path, packaged: Sysroot, tmp_path: Path) -> None:
+    path.write_text(ENTRY + REPORT + PENDING)
+    endpoint = VfioUserEndpoint(described(8))
+    with contextlib.closing(endpoint):
+        endpoint.listen(tmp_path / "socket")
+        done = play(path, shlex.join(packaged.qemu()), SOCKET=str(tmp_path / "socket"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("set FIRE to ")
+
+
+def test_a_wait_within_a_wait_ends_too() -> None:
+    """Each has time of its own, and is not given more by the other."""
+    blocks = "".join(BLOCKS[name] for name in ("await", "later"))
+    script = blocks + "inner() { await true; false; }\nTIMEOUT=1\nawait inner; echo $?\n"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "1\n"
 
 
 def test_a_script_leaves_nothing(path: Path, packaged: Sysroot, tmp_path: Path) -> None:
