@@ -96,6 +96,28 @@ def test_the_binary_and_what_is_not_ours_go_to_the_verdict(
     assert " ".join(seen).count("--point msix:8 -k takeover --cache") == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "workers"),
+    [
+        (["--point", "msix:8", "-k", "takeover"], "0"),
+        (["--point", "msix:8", "-k", "takeover", "-n", "2"], "2"),
+        (["--point", "msix:8"], None),
+        (["--point", "msix:8", "--point", "msi:8", "-ktakeover"], None),
+        (["-k", "takeover"], None),
+    ],
+)
+def test_what_is_little_is_tried_in_one_lab_host(
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+    workers: str | None,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(verify, "main", lambda argv: seen.extend(argv) or 0)
+    assert main([*arguments, *more]) == 0
+    assert verify.parser().parse_known_args(seen)[0].workers == workers
+
+
 def test_a_commit_that_does_not_build_cannot_be_told(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
