@@ -177,6 +177,14 @@ def test_without_a_terminal_there_is_no_debugging(cache: Cache) -> None:
     assert done.stderr == "ci/verify: --debug waits for you at a terminal, and there is none\n"
 
 
+def test_hosts_of_an_inventory_are_not_left_up(cache: Cache) -> None:
+    done = verify(cache, "--debug", "--inventory", "lab.toml")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "ci/verify: --debug leaves a lab host of our own up, and none of an --inventory\n"
+    )
+
+
 @pytest.mark.parametrize("key", [b"\n", b"\x03"], ids=["Enter", "Ctrl-C"])
 def test_the_first_failure_waits_for_a_key(cache: Cache, key: bytes) -> None:
     ours, theirs = pty.openpty()
