@@ -109,6 +109,7 @@ def recorded(tmp_path: Path) -> Callable[..., LastRun]:
         options = {
             "profile": "quick",
             "point": ["msi:8"],
+            "changed": ["hw/vfio/cpr.c"],
             "cache": tmp_path / "cache",
             "evidence": tmp_path / "evidence",
         }
@@ -125,14 +126,16 @@ def report(name: str, *, failed: bool = True, when: str = "call", **notes: objec
     return SimpleNamespace(nodeid=name, failed=failed, when=when, **notes)
 
 
-def test_a_run_is_kept_with_its_profile_and_points(recorded: Callable[..., LastRun]) -> None:
+def test_a_run_is_kept_with_what_chose_its_points(recorded: Callable[..., LastRun]) -> None:
     run = recorded(
         report("a.py::test_a[msi:8]@group", vfio_cpr={}),
         report("a.py::test_b", failed=False, vfio_cpr={}),
         report("a.py::test_c", when="???"),
         report("suite.py::test_of_ours"),
     )
-    assert run == LastRun(["a.py::test_a[msi:8]", "a.py::test_c"], "quick", ["msi:8"])
+    assert run == LastRun(
+        ["a.py::test_a[msi:8]", "a.py::test_c"], "quick", ["msi:8"], ["hw/vfio/cpr.c"]
+    )
 
 
 def test_a_run_without_verdicts_is_none(recorded: Callable[..., LastRun]) -> None:
