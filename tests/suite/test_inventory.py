@@ -27,6 +27,11 @@ irq = "msix:8"
 reset = "bus"
 fire = { command = ["raise", "{vector}"] }
 """
+TRAFFIC = """
+[[host.device]]
+address = "0000:42:00.0"
+fire = { traffic = "igb", peer = "eth3" }
+"""
 
 
 @pytest.fixture
@@ -61,6 +66,13 @@ def test_a_host_with_a_device(write, tmp_path) -> None:  # type: ignore[no-untyp
 def test_what_a_host_cannot_do_has_a_reason(write, point, says) -> None:  # type: ignore[no-untyped-def]
     (host,) = load(write(HOST + "[host.limits]\niommufd = false\n" + DEVICE))
     assert host.lacks(Point.parse(point)) == says
+
+
+def test_a_device_that_a_driver_has_traffic_through(write) -> None:  # type: ignore[no-untyped-def]
+    (host,) = load(write(HOST + DEVICE + TRAFFIC))
+    assert [device.name for device in host.device] == ["ivshmem-msix8-bus", "igb"]
+    assert host.lacks_traffic("igb") is None
+    assert host.lacks_traffic("nvme") == "rack3 has no device with fire.traffic=nvme"
 
 
 def test_hosts_are_chosen_by_names_and_tags(write) -> None:  # type: ignore[no-untyped-def]
@@ -114,7 +126,35 @@ BAD = {
     ),
     "nothing that fires": (
         HOST + DEVICE.replace('command = ["raise", "{vector}"]', ""),
-        "host rack3: device 1: fire: give an endpoint or a command",
+        "host rack3: device 1: fire: give an endpoint, a command or traffic",
+    ),
+    "no endpoint": (
+        HOST + DEVICE.replace('endpoint = "ivshmem"', ""),
+        "host rack3: device 1: endpoint: ",
+    ),
+    "two things that fire": (
+        HOST + TRAFFIC.replace("traffic", 'command = ["{vector}"], traffic'),
+        "host rack3: device 1: fire: give an endpoint, a command or traffic",
+    ),
+    "a peer without traffic": (
+        HOST + DEVICE.replace("fire = {", 'fire = { peer = "eth3",'),
+        "host rack3: device 1: fire.peer: there is no traffic",
+    ),
+    "no such driver": (
+        HOST + TRAFFIC.replace("igb", "ixgbe"),
+        "host rack3: device 1: fire: traffic: Invalid enum value 'ixgbe'",
+    ),
+    "traffic at a point": (
+        HOST + TRAFFIC + 'irq = "msix:8"',
+        "host rack3: device 1: irq: what has traffic is no point",
+    ),
+    "traffic from nowhere": (
+        HOST + TRAFFIC.replace(', peer = "eth3"', ""),
+        "host rack3: device 1: fire.peer: igb and e1000e have",
+    ),
+    "a disk with a cable": (
+        HOST + TRAFFIC.replace("igb", "nvme"),
+        "host rack3: device 1: fire.peer: igb and e1000e have",
     ),
     "no keeper": (
         HOST + DEVICE.replace('command = ["raise", "{vector}"]', 'endpoint = "x"'),

@@ -22,6 +22,7 @@ from fixtures.labs.keeper import Keeper
 from fixtures.labs.lease import LEASES, BusyError
 from fixtures.labs.machine import LabMachine
 from fixtures.waiting import until
+from images import assets
 from images.cache import Cache
 from images.errors import EnvironmentFault, SuiteError
 
@@ -78,7 +79,7 @@ def everything_of(directory: Path) -> list[int]:
 @pytest.fixture(scope="module")
 def lab(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     lab = Lab(cache, tmp_path_factory.mktemp("lab"))
-    lab.labhost("up", "lab0", "--equip", "msix:8", "--tag", "fast")
+    lab.labhost("up", "lab0", "--equip", "msix:8", "--equip", "igb", "--tag", "fast")
     yield lab
     lab.labhost("down", "lab0", check=False)
 
@@ -87,7 +88,7 @@ def test_it_is_in_the_inventory_beside_what_people_wrote(lab: Lab) -> None:
     assert lab.path.read_text().startswith("# What people wrote.\n")
     assert lab.host.name == "lab0"
     assert lab.host.tags == ("nested", "fast")
-    assert [device.name for device in lab.host.device] == [DEVICE]
+    assert [device.name for device in lab.host.device] == [DEVICE, "igb"]
     assert " up" in lab.labhost("list").stdout
 
 
@@ -117,6 +118,33 @@ def test_a_verdict_on_it(lab: Lab) -> None:
     done = lab.run("fixtures.verify", "--inventory", "lab.toml", "-q", "-k", CHEAP)
     assert "GOOD: 1 ok" in done.stdout
     assert re.search(r"^host +lab0$", done.stdout, re.M)
+
+
+@pytest.fixture
+def linux(cache: Cache) -> str:
+    """The name of a test with a Linux guest."""
+    kernel = assets.lab_kernel(cache)
+    if not isinstance(kernel, assets.BuiltKernel):
+        pytest.skip("a Linux guest needs a built kernel")
+    return "nothing_has_befallen and igb and transfer and not igbvf"
+
+
+def test_a_guest_has_traffic_through_a_device(lab: Lab, linux: str) -> None:
+    quick = "--inventory", "lab.toml", "--profile", "quick", "-q"
+    both = "--group", "tests/qemu/test_takeover.py[msix:8]", "--group", "tests/qemu/test_linux.py"
+    done = lab.run("fixtures.verify", *quick, *both, "-k", f"config_space or ({linux})")
+    assert "GOOD: 2 ok" in done.stdout, "one bench gives the host to the other"
+    with contextlib.closing(LabMachine(lab.host, [])) as machine:
+        assert "10.77." not in machine.run("ip addr").out
+
+
+def test_traffic_that_does_not_come_is_no_pass(lab: Lab, linux: str) -> None:
+    other = re.sub(r'peer = "\w+"', 'peer = "lo"', lab.path.read_text())
+    (lab.place / "nowhere.toml").write_text(other)
+    quick = "--inventory", "nowhere.toml", "--profile", "quick", "-q"
+    done = lab.run("fixtures.verify", *quick, "-k", linux, check=False)
+    assert done.returncode == 1
+    assert "the guest to receive data" in done.stdout
 
 
 def test_what_fires_a_device_may_be_any_command(lab: Lab) -> None:
