@@ -230,6 +230,29 @@ def test_nobody_listening_is_an_os_error_and_no_loss_of_the_host(host: Host) -> 
     assert host.run("echo well").out == "well\n"
 
 
+# listen
+
+
+def test_who_calls_a_socket_of_the_host_gets_us(host: Host) -> None:
+    path = host.scratch / "here"
+    with host.listen(path) as listener:
+        listener.settimeout(20)
+        for words in (b"once", b"again"):
+            with host.connect(path) as caller, listener.accept()[0] as callee:
+                for stream in (caller, callee):
+                    stream.settimeout(20)
+                caller.sendall(words)
+                assert callee.recv(100) == words
+                callee.sendall(words[::-1])
+                assert caller.recv(100) == words[::-1]
+                callee.close()
+                assert caller.recv(100) == b"", "the end of the file arrives too"
+    with pytest.raises(OSError, match=r"here|No such file"):
+        host.connect(path)
+    with host.listen(path):
+        pass
+
+
 # What a host promises.
 
 
