@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A CPR fails; the guest goes on in old QEMU as if nothing had been, and the next CPR succeeds."""
+"""A CPR fails; the guest goes on in old QEMU as if nothing had been, and the next CPR succeeds.
+
+Unless it has run in new QEMU by then: it stays there.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 
 from fixtures.bench import LabBench, Survivor, equipment
 from fixtures.coverage import SOUND, Coverage
-from fixtures.cpr import Failing, Step
+from fixtures.cpr import Failing, Step, TooLate
 from fixtures.hosts import PciDevice
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
+from images.errors import EnvironmentFault
 
 POINTS = Coverage(
     also=("msix:8", "iommufd,bars=trap"),
@@ -28,6 +33,13 @@ POINTS = Coverage(
 )
 
 MASKED, PENDING, MEANWHILE = (4, 5, 6), (4,), (0, 5)
+#: Where the guest has been stopped in old QEMU.
+STOPPED = (Step.ACTIVE, Step.HELD, Step.FROZEN, Step.LOADING, Step.LOADED)
+
+#: New QEMU waits to be told to run the guest.
+NOT_YET = ("-S",)
+#: So often is a CPR cancelled, until that has come in time.
+ATTEMPTS = 5
 
 
 @pytest.fixture
@@ -48,11 +60,13 @@ def expect_rollback(
     at: Step = Step.FROZEN,
     *,
     return_path: bool = True,
+    meanwhile: Sequence[int] = MEANWHILE,
     devices: Callable[[str], tuple[str, ...]] = lambda device: (device,),
     **changes: Any,
 ) -> Failing:
     """Have a CPR go wrong, and look; then do one.
 
+    :param meanwhile: the vectors that fire then.
     :param devices: those of new QEMU, by that of old QEMU.
     :param changes: what else differs in new QEMU.
     """
@@ -63,17 +77,17 @@ def expect_rollback(
         rig.check()
         before = rig.observe()
 
-        def meanwhile() -> None:
-            if at in (Step.HELD, Step.FROZEN):
+        def fire() -> None:
+            if at in STOPPED:
                 rig.model.stop()
-            rig.fire(*MEANWHILE)
+            rig.fire(*meanwhile)
 
         cpr = Failing(
             rig.machine,
             rig.machine.successor(devices=devices(*rig.machine.spec.devices), **changes),
             fault,
             at=at,
-            between=meanwhile,
+            between=fire,
             return_path=return_path,
         )
         rig.machines.append(cpr.new)
@@ -99,6 +113,15 @@ def expect_rollback(
         return cpr
 
 
+def expect_guest_in_new(survivor: Survivor, fault: Callable[[Failing], None]) -> None:
+    """Have a CPR go wrong too late, and see that every vector fires in new QEMU."""
+    with survivor.rig() as rig:
+        rig.take_over(choreography=partial(TooLate, fault=fault))
+        rig.begin()
+        rig.fire(*rig.vectors)
+        rig.check()
+
+
 def test_new_qemu_dies_before_old_qemu_calls_it(survivor: Survivor) -> None:
     expect_rollback(survivor, Failing.kill, Step.LISTENING)
 
@@ -107,12 +130,31 @@ def test_new_qemu_dies_before_it_reads_the_cpr_state(survivor: Survivor) -> None
     expect_rollback(survivor, Failing.kill, Step.MIGRATE)
 
 
+@pytest.mark.limits(container=("type1",))
+def test_the_cpr_channel_is_cut_before_anything_is_read(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.cut, Step.CALLED)
+
+
+@pytest.mark.limits(container=("type1",))
+def test_the_cpr_channel_is_cut_before_the_descriptors_are_read(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.cut_amid, Step.CALLED)
+
+
 def test_nobody_listens_on_the_main_channel(survivor: Survivor) -> None:
     expect_rollback(survivor, Failing.listen_elsewhere, Step.MIGRATE)
 
 
 def test_the_cpr_is_cancelled_before_new_qemu_reads_the_cpr_state(survivor: Survivor) -> None:
     expect_rollback(survivor, Failing.cancel, Step.MIGRATE)
+
+
+@pytest.mark.limits(container=("type1",))
+def test_the_cpr_is_cancelled_when_it_has_just_become_active(survivor: Survivor) -> None:
+    for _ in range(ATTEMPTS):
+        cpr = expect_rollback(survivor, Failing.cancel, Step.ACTIVE, meanwhile=())
+        if "device" not in cpr.states:
+            return
+    raise EnvironmentFault("this machine is too busy to cancel a CPR within a tenth of a second")
 
 
 def test_the_cpr_is_cancelled_when_the_guest_has_been_stopped(survivor: Survivor) -> None:
@@ -129,6 +171,44 @@ def test_new_qemu_of_a_cpr_that_is_cancelled_ends_with_an_error(survivor: Surviv
 
 def test_the_main_channel_is_cut(survivor: Survivor) -> None:
     expect_rollback(survivor, Failing.cut)
+
+
+def test_new_qemu_dies_before_it_has_loaded_the_device(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.kill, Step.LOADING)
+
+
+@pytest.mark.limits(container=("type1",))
+def test_the_main_channel_is_cut_before_new_qemu_has_loaded_the_device(survivor: Survivor) -> None:
+    expect_rollback(survivor, Failing.cut, Step.LOADING)
+
+
+def test_new_qemu_dies_when_it_has_loaded_the_guest(survivor: Survivor) -> None:
+    """It would have been told to run it, as management layers do."""
+    expect_rollback(survivor, Failing.kill, Step.LOADED, meanwhile=(), options=NOT_YET)
+
+
+@pytest.mark.limits(container=("iommufd",))  # with type1, as the test above
+def test_what_fires_before_new_qemu_dies_that_has_loaded_the_guest_is_not_lost(
+    survivor: Survivor,
+) -> None:
+    expect_rollback(survivor, Failing.kill, Step.LOADED, options=NOT_YET)
+
+
+def test_new_qemu_dies_when_it_runs_the_guest(survivor: Survivor) -> None:
+    with survivor.rig(survives=False) as rig:
+        cpr = TooLate(rig.machine, fault=Failing.kill)
+        rig.machines.append(cpr.new)
+        cpr.run()
+
+
+@pytest.mark.limits(container=("type1",))
+def test_the_cpr_is_cancelled_when_new_qemu_runs_the_guest(survivor: Survivor) -> None:
+    expect_guest_in_new(survivor, Failing.cancel)
+
+
+@pytest.mark.limits(container=("type1",))
+def test_the_main_channel_is_cut_when_new_qemu_runs_the_guest(survivor: Survivor) -> None:
+    expect_guest_in_new(survivor, Failing.cut)
 
 
 def test_new_qemu_has_another_machine_type(survivor: Survivor) -> None:

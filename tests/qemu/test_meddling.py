@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Something comes in between while new QEMU reads the CPR state, and the CPR goes on."""
+"""Something comes in between while new QEMU reads the CPR state, or too late, and nobody minds."""
 
 from __future__ import annotations
 
@@ -50,12 +50,21 @@ class CutOff(Meddled):
         self._mark = 0
 
 
-def expect_taken_over(survivor: Survivor, choreography: type[Meddled]) -> None:
+class Cancelled(Transfer):
+    """It is cancelled when it has completed."""
+
+    def _handover(self) -> None:
+        super()._handover()
+        self.old.monitor.execute("migrate_cancel")
+        assert self.old.monitor.execute("query-migrate")["status"] == "completed"
+
+
+def expect_taken_over(survivor: Survivor, choreography: type[Transfer]) -> None:
     with survivor.rig() as rig:
         rig.begin()
         rig.mask(*rig.vectors[::2])
         rig.fire(*rig.vectors[::2])
-        rig.take_over(choreography=choreography)
+        assert rig.take_over(choreography=choreography).old_status == "postmigrate"
         rig.check()
         rig.unmask(*rig.vectors[::2])
         rig.await_delivery(*rig.vectors[::2])
@@ -69,3 +78,7 @@ def test_another_migration_is_refused_meanwhile(survivor: Survivor) -> None:
 
 def test_the_monitor_of_old_qemu_is_left_and_connected_to_again(survivor: Survivor) -> None:
     expect_taken_over(survivor, CutOff)
+
+
+def test_it_is_cancelled_when_it_has_completed(survivor: Survivor) -> None:
+    expect_taken_over(survivor, Cancelled)
