@@ -39,7 +39,7 @@ STOPPED = (Step.ACTIVE, Step.HELD, Step.FROZEN, Step.LOADING, Step.LOADED)
 #: New QEMU waits to be told to run the guest.
 NOT_YET = ("-S",)
 #: So often is a CPR cancelled, until that has come in time.
-ATTEMPTS = 5
+ATTEMPTS = 10
 
 
 @pytest.fixture
