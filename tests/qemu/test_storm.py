@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Vectors fire all the time, and each again once it is delivered, while new QEMU takes over."""
+"""Vectors fire all the time, each again once it is delivered, or masked; new QEMU takes over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import SOUND, Coverage
+from fixtures.coverage import MSIX, SOUND, Coverage
 from fixtures.cpr import Cpr, Step
 from fixtures.matrix import Point
 from fixtures.rig import Rig
@@ -26,6 +26,14 @@ POINTS = Coverage(
 )
 
 
+#: Of eight vectors in a row, which is masked.
+MASKED = 5
+
+
+def masked(rig: Rig) -> list[int]:
+    return [n for n in rig.vectors if n % 8 == MASKED]
+
+
 @dataclass(frozen=True)
 class Stormy:
     """A rig after a CPR in a storm."""
@@ -39,6 +47,8 @@ class Stormy:
 def stormy(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Stormy:
     rig = bench.rig(point, request.addfinalizer)
     rig.use_all()
+    if point.irq in MSIX:
+        rig.mask(*masked(rig))
     with Storm(rig) as storm:
         cpr = rig.hand_over()
         storm.goes_on()
@@ -56,6 +66,16 @@ def test_it_goes_on_through_all_of_the_takeover(stormy: Stormy) -> None:
 def test_each_event_is_delivered_exactly_once(stormy: Stormy) -> None:
     stormy.rig.await_delivery(*stormy.rig.vectors)
     stormy.rig.check(in_order=False)
+
+
+@pytest.mark.limits(irq=MSIX)
+def test_what_fired_while_masked_is_delivered_once_when_unmasked(stormy: Stormy) -> None:
+    rig = stormy.rig
+    assert rig.model.pending == set(masked(rig))
+    rig.begin()
+    rig.unmask(*masked(rig))
+    rig.await_delivery(*masked(rig))
+    rig.check(in_order=False)
 
 
 @pytest.mark.usefixtures("traces")
