@@ -152,6 +152,7 @@ def test_the_cpr_is_cancelled_before_new_qemu_reads_the_cpr_state(survivor: Surv
 def test_the_cpr_is_cancelled_when_it_has_just_become_active(survivor: Survivor) -> None:
     for _ in range(ATTEMPTS):
         cpr = expect_rollback(survivor, Failing.cancel, Step.ACTIVE, meanwhile=())
+        assert cpr.states[-1] == "cancelled"
         if "device" not in cpr.states:
             return
     raise EnvironmentFault("this machine is too busy to cancel a CPR within a tenth of a second")
