@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures import known_issues
 from fixtures.direct import described
 from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.evidence.known import KnownIssue, judge, load
@@ -532,6 +533,17 @@ def test_a_script_leaves_nothing(path: Path, packaged: Sysroot, tmp_path: Path) 
     ).stdout.split()
     assert [p for p in left if Path(p).exists()] == []
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_not_done_in_time_leaves_nothing(
+    cache: Cache, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_issues, "DEADLINE_S", 3.0)
+    path.write_text(GOOD.replace('"signal old SEGV"', '"signal old STOP", "qmp old query-status"'))
+    before = {*Path("/dev/shm").glob("tmp.*"), *Path("/tmp").glob("tmp.*")}
+    assert main(["--list", str(path), "verify", "-q", "--cache", str(cache.root), "hot-reset"]) == 3
+    assert "did not end in 3 s" in capsys.readouterr().out
+    assert {*Path("/dev/shm").glob("tmp.*"), *Path("/tmp").glob("tmp.*")} <= before
 
 
 VERDICTS = {
