@@ -32,7 +32,7 @@ class Awake:
     refused: str = ""
 
 
-@pytest.fixture(scope="module", params=[("igb", "cpr-transfer")], ids="+".join)
+@pytest.fixture(scope="module", params=[("igb", "cpr-transfer"), ("igb", "cpr-exec")], ids="+".join)
 def refused(request: pytest.FixtureRequest, linux_bench: LinuxBench) -> Awake:
     driver, mode = request.param
     if missing := {mode, Reboot.mode} - set(linux_bench.subject.capabilities.modes):
