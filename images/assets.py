@@ -442,7 +442,8 @@ class LabRoot(FromPackages):
 
 
 class LinuxGuest(FromPackages):
-    """The Linux guest: an ``initrd`` of busybox and the guest agent, for the lab host's kernel.
+    """The Linux guest: an ``initrd`` of busybox, the guest agent and ethtool, for the lab host's
+    kernel.
 
     Uncompressed: under emulation, reading is cheaper than inflating.
     """
@@ -451,7 +452,8 @@ class LinuxGuest(FromPackages):
     title = "Linux guest"
     space = 200 << 20
     critical = ("initrd",)
-    packages = ("qemu-guest-agent", "busybox-static")
+    packages = ("qemu-guest-agent", "busybox-static", "ethtool")
+    programs = PurePosixPath("usr/sbin/qemu-ga"), PurePosixPath("usr/sbin/ethtool")
     init = HERE / "linux" / "init"
 
     def key(self, cache: Cache) -> str:
@@ -461,7 +463,6 @@ class LinuxGuest(FromPackages):
         tree = into / "tree"
         self._unpack(tree, cache, progress)
         with progress.step(self.title):
-            agent = PurePosixPath("usr/sbin/qemu-ga")
             archive = cpio.Archive()
             for directory in ("bin", "dev", "proc", "sys", "run", "tmp", "lib64"):
                 archive.directory(directory)
@@ -470,9 +471,12 @@ class LinuxGuest(FromPackages):
             archive.device("dev/console", 5, 1)
             archive.file("init", self.init.read_bytes(), 0o755)
             archive.file("bin/busybox", (tree / "usr/bin/busybox").read_bytes(), 0o755)
-            archive.file(str(agent), (tree / agent).read_bytes(), 0o755)
-            for library in self._libraries(tree, agent):
-                archive.file(str(LOADER.parent / library.name), library.read_bytes(), 0o755)
+            libraries: dict[str, Path] = {}
+            for program in self.programs:
+                archive.file(str(program), (tree / program).read_bytes(), 0o755)
+                libraries |= {path.name: path for path in self._libraries(tree, program)}
+            for name, library in libraries.items():
+                archive.file(str(LOADER.parent / name), library.read_bytes(), 0o755)
             archive.file("lib64/" + LOADER.name, (tree / LOADER).read_bytes(), 0o755)
             (into / "initrd").write_bytes(archive.finish())
         shutil.rmtree(tree)

@@ -207,6 +207,11 @@ def test_the_queues_of_a_disk_interrupt_the_cpu_that_they_belong_to(linux: Linux
         "nvme0q1": [True, False],
         "nvme0q2": [False, True],
     }
+    assert [Disk().send_to(linux, cpu) for cpu in (0, 1)] == [{"nvme0q1"}, {"nvme0q2"}]
+
+
+def test_there_is_what_drivers_test_their_devices_with(linux: LinuxGuest) -> None:
+    assert linux.run(["ethtool", "--version"]).startswith("ethtool version ")
 
 
 def test_the_guest_sees_what_is_plugged_in_and_lets_go_of_it(linux: LinuxGuest) -> None:
