@@ -6,20 +6,13 @@ from __future__ import annotations
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import Coverage
 from fixtures.guests.probe import TIMER_VECTOR
 from fixtures.matrix import Point
 from fixtures.rig import Rig
 from fixtures.waiting import until
+from tests.qemu.test_apic import POINTS
 
-POINTS = Coverage(
-    "msix:8",
-    irq=("msix:8", "msi:8", "intx"),
-    accel=("kvm",),
-    reset=("bus",),
-    apic=("xapic",),
-    iommu=("intel-iommu",),
-)
+__all__ = ["POINTS"]
 
 #: What is in service keeps others of its priority waiting, though its handler would let them
 #: interrupt it (Intel SDM, volume 3, 12.8.3 and 12.8.4).

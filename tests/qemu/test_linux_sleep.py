@@ -108,14 +108,13 @@ def test_all_data_is_intact(carried: Awake) -> None:
 
 
 def expect_every_interrupt(awake: Awake) -> None:
-    """Those of data, and the others, where these can be provoked."""
+    """Those of data, and then the others."""
     linux = awake.linux
     awake.traffic.moves()
-    excused = set()
-    if linux.workload.data_alone:
-        excused = set(linux.interrupts()) - set(linux.interrupts(of_data=True))
-    else:
-        linux.provoke()
-    every = set(awake.before.interrupts)
-    assert set(awake.after.interrupts) == every
-    assert grown(awake.after.interrupts, linux.interrupts()) | excused == every
+    assert set(awake.after.interrupts) == set(awake.before.interrupts)
+    if reason := linux.workload.data_alone:
+        of_data = set(linux.interrupts(of_data=True))
+        assert grown(awake.after.interrupts, linux.interrupts()) >= of_data
+        pytest.skip(f"those of data have come; as for the others, {reason}")
+    linux.provoke()
+    assert grown(awake.after.interrupts, linux.interrupts()) == set(awake.before.interrupts)
