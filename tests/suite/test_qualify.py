@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -263,11 +265,11 @@ def test_a_fault_is_tried_at_its_points_by_its_tests_and_then_by_all(
 ) -> None:
     asked: list[list[str]] = []
 
-    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(_: object, argv: list[str]) -> subprocess.CompletedProcess[str]:
         asked.append(argv[argv.index("--verdict-json") + 2 :])
         return subprocess.CompletedProcess(argv, 0, "", "")
 
-    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(Qualifier, "_to_its_end", run)
     monkeypatch.setattr(Cache, "discard", lambda *_: None)
     bad = fault_named("bad", tests="test_takeover", points=("intx", "msi:8"))
     (tmp_path / "bin").mkdir()
@@ -283,11 +285,11 @@ def test_a_fault_for_a_linux_guest_is_tried_by_its_tests_alone(
 ) -> None:
     asked: list[list[str]] = []
 
-    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(_: object, argv: list[str]) -> subprocess.CompletedProcess[str]:
         asked.append(argv[argv.index("--verdict-json") + 2 :])
         return subprocess.CompletedProcess(argv, 0, "", "")
 
-    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(Qualifier, "_to_its_end", run)
     monkeypatch.setattr(Cache, "discard", lambda *_: None)
     bad = fault_named("bad", tests="test_linux", guest="linux")
     (tmp_path / "bin").mkdir()
@@ -429,6 +431,29 @@ def test_an_error_is_tried_again_and_stops_nothing(qualify: Callable[..., _Build
     assert made.results["strange"].outcome == "error"
     assert made.results["next"].outcome == "caught"
     assert qualify(*faults).verified == ["strange"]
+
+
+def test_an_interrupted_run_ends_what_it_verifies_and_keeps_none_of_it(
+    tmp_path: Path, qualify: Callable[..., _Builds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    begun = threading.Event()
+
+    def verify(self: _Builds, job: _Job) -> Result:
+        begun.set()
+        ends.append(self._to_its_end(["sleep", "60"]).returncode)
+        return Result(job.fault.id, "caught")
+
+    def interrupt(*_: object, **__: object) -> Path:
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Builds, "_verify", verify)
+    monkeypatch.setattr("images.qemu_build.build", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        qualify(fault(r"i \+ 1", "0"))
+    assert ends == [-signal.SIGTERM]
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_what_two_verifications_are_made_of_goes_with_the_last(tmp_path: Path) -> None:
