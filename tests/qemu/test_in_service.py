@@ -28,7 +28,7 @@ def in_service(request: pytest.FixtureRequest, bench: LabBench, point: Point) ->
     rig.begin()
     rig.guest.hold(rig.function.idt_vector(IN_SERVICE))
     rig.raise_blindly(IN_SERVICE)
-    until(lambda: rig.has_taken(IN_SERVICE, 1), "the guest to be in the handler", 10)
+    until(lambda: rig.times_taken(IN_SERVICE) >= 1, "the guest to be in the handler", 10)
     rig.model.stop()
     if others := [n for n in rig.vectors if n != IN_SERVICE]:
         rig.fire(*others)
