@@ -8,22 +8,21 @@ from dataclasses import dataclass
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import MESSAGES, MSIX, Coverage
+from fixtures.coverage import MSIX, SOUND, Coverage
 from fixtures.cpr import Cpr, Step
 from fixtures.matrix import Point
 from fixtures.rig import Rig
 from fixtures.storm import Storm
 
 POINTS = Coverage(
-    also=("msix:64", "intx", "intx,path=qemu"),
-    irq=("msix:64", "msi:32", "intx"),
+    irq=("msix:64", "msi:32"),
     container=("type1",),
-    accel=("kvm",),
+    **SOUND,
     iommu=("intel-iommu",),
     reset=("bus",),
     irqchip=("full",),
     apic=("xapic", "smp"),
-    bars=("mmap", "trap"),
+    bars=("mmap",),
 )
 
 
@@ -64,16 +63,9 @@ def test_it_goes_on_through_all_of_the_takeover(stormy: Stormy) -> None:
     assert during(times[Step.MIGRATE], times[Step.RUNNING]) > 0
 
 
-@pytest.mark.limits(irq=MESSAGES)
 def test_each_event_is_delivered_exactly_once(stormy: Stormy) -> None:
     stormy.rig.await_delivery(*stormy.rig.vectors)
     stormy.rig.check(in_order=False)
-
-
-@pytest.mark.limits(irq=("intx",))
-def test_each_request_is_delivered(stormy: Stormy) -> None:
-    """At least once: see `IntxModel`."""
-    stormy.rig.await_delivery(0)
 
 
 @pytest.mark.limits(irq=MSIX)
@@ -86,18 +78,11 @@ def test_what_fired_while_masked_is_delivered_once_when_unmasked(stormy: Stormy)
     rig.check(in_order=False)
 
 
-def test_vectors_are_delivered_once_when_it_is_over(stormy: Stormy) -> None:
-    rig = stormy.rig
-    rig.begin()
-    rig.fire(*rig.vectors)
-    rig.check()
-
-
 @pytest.mark.usefixtures("traces")
-@pytest.mark.limits(path=("kvm",))
-def test_they_bypass_qemu_again(stormy: Stormy) -> None:
+def test_vectors_bypass_qemu_again_and_are_delivered_once(stormy: Stormy) -> None:
     rig = stormy.rig
     rig.begin()
     mark = rig.machine.trace_mark()
     rig.fire(*rig.vectors)
+    rig.check()
     assert rig.handled_by_qemu(mark) == 0
