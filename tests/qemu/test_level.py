@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The device does not release its pin, as nobody acknowledges it; then new QEMU takes over.
+"""The device has asserted its pin, and does not release it; then new QEMU takes over.
 
-A pin is a level: it interrupts again at each end of an interrupt for as long as it is asserted
-(PCI Local Bus Specification 3.0, 2.2.6).  With KVM it is a matter of moments whether the known
-issue intx-stays-masked shows here: test_masked_input has what always does.
+A pin is a level (PCI Local Bus Specification 3.0, 2.2.6): it is there when an input of the I/O
+APIC is unmasked, and interrupts again at each end of an interrupt.  The fixtures are what happens,
+one after the other.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fixtures.rig import Rig
 from fixtures.waiting import until
 
 POINTS = Coverage(
+    also=("intx", "intx,path=qemu"),
     irq=("intx",),
-    path=("qemu",),
     container=("type1",),
     accel=("kvm",),
     iommu=("intel-iommu",),
@@ -36,12 +36,16 @@ def pin(rig: Rig) -> IntxFunction:
 
 
 def expect_more(rig: Rig) -> None:
+    """What is asserted, and acknowledged by nobody, interrupts again and again."""
     taken = rig.times_taken(0)
-    until(
-        lambda: rig.times_taken(0) > taken + 3,
-        "the guest to take more interrupts of a pin that stays asserted",
-        WAIT_S,
-        pause_s=0.01,
+    rig.machine.alive(
+        lambda: until(
+            lambda: rig.times_taken(0) > taken + 3,
+            "the guest to take more interrupts of a pin that stays asserted",
+            WAIT_S,
+            pause_s=0.01,
+            but=rig.machine.stuck,
+        )
     )
 
 
@@ -54,14 +58,32 @@ def release(rig: Rig) -> None:
 
 
 @pytest.fixture(scope="module")
-def asserted(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Rig:
+def behind_a_mask(request: pytest.FixtureRequest, bench: LabBench, point: Point) -> Rig:
     rig = bench.rig(point, request.addfinalizer)
     rig.use_all()
-    pin(rig).ignore()
-    rig.endpoint.fire(0)
-    expect_more(rig)
+    rig.begin()
+    pin(rig).mask_input(True)
+    rig.raise_blindly(0)
+    rig.device.settle()
+    rig.machine.settle()
     rig.hand_over().leave()
     return rig
+
+
+@pytest.fixture(scope="module")
+def unmasked(behind_a_mask: Rig) -> Rig:
+    pin(behind_a_mask).mask_input(False)
+    return behind_a_mask
+
+
+@pytest.fixture(scope="module")
+def asserted(unmasked: Rig) -> Rig:
+    release(unmasked)
+    pin(unmasked).ignore()
+    unmasked.raise_blindly(0)
+    expect_more(unmasked)
+    unmasked.hand_over().leave()
+    return unmasked
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +92,32 @@ def released(asserted: Rig) -> Rig:
     return asserted
 
 
-def test_it_goes_on_to_interrupt(asserted: Rig) -> None:
+def test_nothing_is_delivered_behind_a_masked_input(behind_a_mask: Rig) -> None:
+    assert behind_a_mask.times_taken(0) == 0
+
+
+def test_what_was_asserted_there_is_delivered_when_it_is_unmasked(unmasked: Rig) -> None:
+    unmasked.await_delivery(0)
+
+
+def test_so_is_what_comes_after_it(unmasked: Rig) -> None:
+    release(unmasked)
+    unmasked.fire(0)
+
+
+# By KVM it is a matter of moments whether these show the known issue that those before always show.
+
+
+@pytest.mark.limits(path=("qemu",))
+def test_what_nobody_acknowledges_goes_on_to_interrupt(asserted: Rig) -> None:
     expect_more(asserted)
 
 
+@pytest.mark.limits(path=("qemu",))
 def test_it_interrupts_no_more_when_it_is_released(released: Rig) -> None:
     released.check()
 
 
+@pytest.mark.limits(path=("qemu",))
 def test_the_next_request_is_delivered(released: Rig) -> None:
     released.fire(0)
