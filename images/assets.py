@@ -358,10 +358,12 @@ class BuiltKernel(FromPackages, Kernel):
     # Minutes of compiling are not to be lost to a new version that nobody asked for.
     lasting = True
     fragment = HERE / "kernel.config"
+    patches = (HERE / "kernel-svm.patch",)
 
     def key(self, cache: Cache) -> str:
         helpers = _source_of(kernel_build, _initrd_skeleton, cpio)
-        return digest(self.selection(cache).key, self.fragment.read_text(), helpers)
+        files = (self.fragment, *self.patches)
+        return digest(self.selection(cache).key, *(file.read_text() for file in files), helpers)
 
     def build(self, into: Path, cache: Cache, progress: Progress) -> None:
         needs.require(needs.KERNEL, "the kernel")
@@ -377,6 +379,7 @@ class BuiltKernel(FromPackages, Kernel):
                 tarball,
                 self.fragment,
                 into / "built",
+                patches=self.patches,
                 log=log,
                 jobs=os.cpu_count() or 1,
                 progress=lambda text: report(0, text),

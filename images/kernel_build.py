@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from images import needs, steps
@@ -63,6 +63,7 @@ def build(
     fragment: Path,
     into: Path,
     *,
+    patches: Sequence[Path] = (),
     log: Path,
     jobs: int,
     progress: Callable[[str], None] | None = None,
@@ -71,6 +72,7 @@ def build(
 
     The source is unpacked beside ``into`` (about 2 GB) and removed again, also on failure.
 
+    :param patches: what is changed in the source first.
     :param log: where all output goes; begun anew.
     :param jobs: how many compilers may run at once.
     :param progress: called with short messages.
@@ -103,6 +105,13 @@ def build(
             what=f"unpacking {source_tar}",
             log=log,
         )
+
+        for patch in patches:
+            steps.run(
+                ["patch", "--batch", "--forward", "-p1", "-d", source, "-i", patch.absolute()],
+                what=f"applying {patch.name} to the kernel",
+                log=log,
+            )
 
         env = _environment()
         say("configuring")

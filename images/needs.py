@@ -66,6 +66,7 @@ KERNEL: tuple[Need, ...] = (
     _program("flex", "flex"),
     _program("bison", "bison"),
     _program("bc", "bc"),
+    _program("patch", "patch"),
     _program("perl", "perl"),
     _program("tar", "tar"),
     _program("xz", "xz-utils"),

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from difflib import unified_diff
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,33 @@ def test_a_kernel_is_built_untouched_by_the_environment(
     assert (into / "config").read_text() == "CONFIG_VFIO=y\n"
     assert [path.name for path in into.parent.iterdir()] == ["kernel"]
     assert "compiling" in said
+
+
+def test_a_kernel_is_patched_or_not_built(kernel_tar: Path, tmp_path: Path) -> None:
+    (tmp_path / "fragment").write_text("CONFIG_VFIO=y\n")
+    patch = tmp_path / "our.patch"
+    (into := tmp_path / "cache" / "kernel").parent.mkdir()
+    build = partial(
+        kernel_build.build,
+        *(kernel_tar, tmp_path / "fragment", into),
+        patches=[patch],
+        log=tmp_path / "log",
+        jobs=1,
+    )
+    patch.write_text("--- a/arch/none.c\n+++ b/arch/none.c\n@@ -1 +1 @@\n-old\n+new\n")
+    with pytest.raises(EnvironmentFault, match=r"applying our\.patch to the kernel"):
+        build()
+    assert not into.exists()
+    by, other = '@echo "by $(KBUILD_BUILD_USER)', '@echo "patched, by $(KBUILD_BUILD_USER)'
+    diff = unified_diff(
+        KERNEL_MAKEFILE.splitlines(True),
+        KERNEL_MAKEFILE.replace(by, other).splitlines(True),
+        "a/Makefile",
+        "b/Makefile",
+    )
+    patch.write_text("".join(diff))
+    build()
+    assert (into / "bzImage").read_text().startswith("patched, by")
 
 
 def test_a_failing_step_quotes_the_end_of_its_output(tmp_path: Path) -> None:

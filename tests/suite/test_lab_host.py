@@ -52,6 +52,31 @@ def test_it_has_what_a_verdict_needs(lab: LabHost) -> None:
     assert lab.run("ls /dev/kvm /dev/vfio/vfio; cat /sys/module/kvm_amd/parameters/npt").out
 
 
+#: At F000:0000: protected mode, flat, with a gate for INT3 that leads to an IRET; INT3; a load from
+#: 0xfed00000, the HPET; and isa-debug-exit is written to.
+TRAPPED = bytes.fromhex(
+    "2e660f011638002e660f011e3e00b801000f01f066ea1c000f00080066b810008ed88ed0bc00700000cca10000d0"
+    "feb01066ba0105eef4cf170044000f001f005c000f000000000000000000ffff0000009bcf00ffff00000093cf00"
+    "00000000000000000000000000000000000000000000000037000800008e0f00"
+)
+RESET = bytes.fromhex("ea000000f0")  # a jump there
+
+
+def test_a_guest_may_access_mmio_for_the_first_time_after_an_interrupt(lab: LabHost) -> None:
+    """See images/kernel-svm.patch; Debian's kernel stops it."""
+    if "built" not in lab.images.kernel_version:
+        pytest.skip("Debian's kernel has no patch")
+    code = TRAPPED.ljust(0xFFF0, b"\xf4") + RESET.ljust(16, b"\xf4")
+    rom = lab.scratch / "trapped.rom"
+    lab.put(rom, code)
+    qemu = nested.SYSROOT.qemu(
+        *("-machine", "q35,accel=kvm", "-cpu", "host", "-m", "16", "-nodefaults"),
+        *("-display", "none", "-bios", str(rom), "-device", "isa-debug-exit"),
+    )
+    done = lab.run(["timeout", "20", *qemu], check=False)
+    assert done.status == (0x10 << 1 | 1), done.err
+
+
 # Its devices
 
 
