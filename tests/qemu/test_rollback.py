@@ -39,6 +39,18 @@ def some(rig: Rig, *rest: int) -> list[int]:
     return [n for n in rig.vectors if n % 4 in rest]
 
 
+def expect_dma(rig: Rig) -> None:
+    """The device reads what the guest has written, and the guest what the device has."""
+    endpoint = rig.endpoint
+    assert isinstance(endpoint, VfioUserEndpoint)
+    written = secrets.token_bytes(8)
+    endpoint.dma_write(FREE_RAM, written)
+    assert rig.guest.memory(FREE_RAM, 8) == written
+    by_guest = secrets.randbits(31)
+    rig.guest.batch([Op(Verb.WRITE, FREE_RAM + 8, by_guest)])
+    assert endpoint.dma_read(FREE_RAM + 8, 4) == by_guest.to_bytes(4, "little")
+
+
 @dataclass(frozen=True)
 class Attempt:
     """A CPR that failed, with what was seen on either side of it.
@@ -126,13 +138,7 @@ def test_the_device_is_not_reset(attempt: Attempt) -> None:
 
 @pytest.mark.limits(endpoint=("vfio-user",), container=("type1",))
 def test_dma_goes_both_ways(kept: Rig) -> None:
-    endpoint = kept.endpoint
-    assert isinstance(endpoint, VfioUserEndpoint)
-    written = secrets.token_bytes(8)
-    endpoint.dma_write(FREE_RAM, written)
-    assert kept.guest.memory(FREE_RAM, 8) == written
-    kept.guest.batch([Op(Verb.WRITE, FREE_RAM + 8, 0x600D_DA7A)])
-    assert endpoint.dma_read(FREE_RAM + 8, 4) == (0x600D_DA7A).to_bytes(4, "little")
+    expect_dma(kept)
 
 
 def test_old_qemu_holds_as_many_descriptors_of_each_kind(attempt: Attempt) -> None:
