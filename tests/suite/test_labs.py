@@ -259,6 +259,20 @@ def test_what_a_killed_keeper_had_is_gone_and_the_list_says_so(lab: Lab) -> None
     assert lab.labhost("list").stdout == ""
 
 
+def test_a_lab_host_whose_qemu_ends_leaves_its_last_words_until_it_is_taken_off(lab: Lab) -> None:
+    lab.labhost("up", "lab1", "--equip", "msix:8")
+    assert lab.host.keeper
+    directory = lab.host.keeper.parent
+    (lab_qemu,) = (pid for pid in everything_of(directory) if b"vmlinuz" in command_of(pid))
+    os.kill(lab_qemu, signal.SIGKILL)
+    until(lambda: not directory.exists(), "its directory to go", 60, pause_s=0.1)
+    words = Path(lab.labhost("list").stdout.rpartition("its last words: ")[2].strip())
+    assert "its QEMU ended with -9" in words.read_text()
+    assert "lab host: up" in words.read_text()
+    lab.labhost("down", "lab1")
+    assert not words.exists()
+
+
 def command_of(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
