@@ -16,8 +16,16 @@ from fixtures.linux.account import Account, Befallen, account
 from fixtures.linux.nic import Networking
 from tests.qemu.test_guests import Behaviours, expect_intact, grown
 
-#: The driver that has a test of its own, all of which the device passes as QEMU emulates it.
-TESTED = "igb", "cpr-transfer"
+TRANSFER, EXEC, REBOOT = "cpr-transfer", "cpr-exec", "cpr-reboot"
+GUESTS = [
+    *(("igb", mode) for mode in (TRANSFER, EXEC, REBOOT)),
+    *(("nvme", mode) for mode in (TRANSFER, EXEC, REBOOT)),
+    *(("igbvf", mode) for mode in (TRANSFER, REBOOT)),
+    *(("e1000e", mode) for mode in (TRANSFER, REBOOT)),
+]
+#: Where the driver's own test is tried.  Of its driver's, an e1000e as QEMU emulates it fails three
+#: parts of five, whatever has been.
+TESTED = [("igb", TRANSFER), ("igbvf", TRANSFER)]
 
 
 @dataclass(frozen=True)
@@ -41,16 +49,7 @@ class Carried:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        TESTED,
-        ("igb", "cpr-exec"),
-        ("igb", "cpr-reboot"),
-        ("igbvf", "cpr-transfer"),
-        ("nvme", "cpr-transfer"),
-        ("nvme", "cpr-exec"),
-        ("nvme", "cpr-reboot"),
-        ("e1000e", "cpr-transfer"),
-    ],
+    params=GUESTS,
     ids="+".join,
 )
 def carried(request: pytest.FixtureRequest, linux_bench: LinuxBench) -> Carried:
@@ -111,11 +110,12 @@ def test_the_interrupts_that_are_not_of_data_come(linux: LinuxRig) -> None:
     assert grown(before, linux.interrupts()) >= others
 
 
-@pytest.mark.parametrize("carried", [TESTED], indirect=True, ids="+".join)
+@pytest.mark.parametrize("carried", TESTED, indirect=True, ids="+".join)
 def test_the_device_passes_its_drivers_own_test(linux: LinuxRig) -> None:
-    """Its registers, its EEPROM, its interrupts, a packet that it sends to itself, and its link."""
+    """Its registers, its EEPROM, its interrupts, a packet that it sends to itself, and its link; of
+    a virtual function, the last."""
     assert isinstance(linux.workload, Networking)
     found = linux.workload.self_test(linux.guest)
-    assert "Interrupt test" in found
+    assert len(found) == linux.workload.self_tests
     assert {part: errors for part, errors in found.items() if errors} == {}
     expect_intact(linux.traffic())
