@@ -39,16 +39,17 @@ def some(rig: Rig, *rest: int) -> list[int]:
     return [n for n in rig.vectors if n % 4 in rest]
 
 
-def expect_dma(rig: Rig) -> None:
-    """The device reads what the guest has written, and the guest what the device has."""
+def expect_dma(rig: Rig, address: int = FREE_RAM, place: int = FREE_RAM) -> None:
+    """What the device writes to one address is at one place in the guest's RAM, and the device
+    reads what the guest has written there."""
     endpoint = rig.endpoint
     assert isinstance(endpoint, VfioUserEndpoint)
     written = secrets.token_bytes(8)
-    endpoint.dma_write(FREE_RAM, written)
-    assert rig.guest.memory(FREE_RAM, 8) == written
+    endpoint.dma_write(address, written)
+    assert rig.guest.memory(place, 8) == written
     by_guest = secrets.randbits(31)
-    rig.guest.batch([Op(Verb.WRITE, FREE_RAM + 8, by_guest)])
-    assert endpoint.dma_read(FREE_RAM + 8, 4) == by_guest.to_bytes(4, "little")
+    rig.guest.batch([Op(Verb.WRITE, place + 8, by_guest)])
+    assert endpoint.dma_read(address + 8, 4) == by_guest.to_bytes(4, "little")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.blackout import gap_ms
+from fixtures.blackout import gap_ms, standstill_ms
 from fixtures.guests.clock import Clock, ask_clock
 from fixtures.guests.probe import Verb
 from fixtures.matrix import Point
@@ -63,6 +63,12 @@ def test_there_is_no_gap_without_interrupts_on_either_side(taken: list[float]) -
     assert gap_ms([int(at * GHZ) for at in taken], OLD, NEW, RESUMED_S) is None
 
 
+def test_a_guest_stood_still_for_as_long_as_its_counter_shows_the_same() -> None:
+    assert standstill_ms(OLD, NEW) == pytest.approx(2000)
+    later = Clock(NEW.tsc + GHZ, NEW.at_s + 1, GHZ)
+    assert standstill_ms(OLD, later) == pytest.approx(2000)
+
+
 HELD_S = 0.5
 
 
@@ -86,6 +92,15 @@ def test_a_cpr_that_is_held_up_shows_by_each_clock_but_not_as_downtime(rig: Rig)
     assert gap.downtime_ms is not None
     assert gap.guest_ms > gap.qemu_ms > HELD_S * 1e3
     assert gap.downtime_ms < gap.qemu_ms
+
+
+def test_without_interrupts_the_guest_tells_how_long_it_stood_still(rig: Rig) -> None:
+    rig.hand_over(lambda: time.sleep(HELD_S)).leave()
+    gap = rig.blackout
+    assert gap is not None
+    assert gap.guest_ms is not None
+    assert gap.qemu_ms is not None
+    assert gap.guest_ms == pytest.approx(gap.qemu_ms, rel=0.2)
 
 
 def test_a_guest_that_was_paused_tells_nothing(rig: Rig) -> None:
