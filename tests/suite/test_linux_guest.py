@@ -86,6 +86,12 @@ def ping_often(linux: LinuxGuest, times: int, deadline_s: float) -> None:
         linux.ping(deadline_s)
 
 
+def test_what_its_clock_is_set_back_by_it_stood_still(linux: LinuxGuest) -> None:
+    before = linux.lag()
+    linux.run("date -s @$(($(date +%s) - 100))")
+    assert linux.lag() - before == pytest.approx(100, abs=2)
+
+
 def test_a_command_that_the_agent_does_not_know_is_named(linux: LinuxGuest) -> None:
     with pytest.raises(CommandRefusedError, match="the agent in old QEMU refused guest-nothing"):
         linux.ask("guest-nothing")
