@@ -23,9 +23,9 @@ GUESTS = [
     *(("igbvf", mode) for mode in (TRANSFER, REBOOT)),
     *(("e1000e", mode) for mode in (TRANSFER, REBOOT)),
 ]
-#: Where the driver's own test is tried.  Of its driver's, an e1000e as QEMU emulates it fails three
-#: parts of five, whatever has been.
-TESTED = [("igb", TRANSFER), ("igbvf", TRANSFER)]
+#: Those that pass a test of their driver's own.  An e1000e as QEMU emulates it fails three parts of
+#: five, whatever has been, and nvme has none.
+TESTED = [guest for guest in GUESTS if guest[0] in ("igb", "igbvf")]
 
 
 @dataclass(frozen=True)
