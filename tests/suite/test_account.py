@@ -60,7 +60,13 @@ Link test   (on/offline)\t 0
 class Tested:
     """A guest whose driver's own test says this, and whose network controller has a carrier."""
 
+    has_traffic = True
+
+    def cease(self) -> None:
+        self.has_traffic = False
+
     def run(self, command: str, deadline_s: float) -> str:
+        assert not self.has_traffic
         assert command.startswith("ethtool -t eth0 offline")
         assert deadline_s
         return SAID
