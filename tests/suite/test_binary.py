@@ -131,7 +131,6 @@ LACKS = {
         "vfio-pci takes no part in it",
     ),
     "any state of vfio-pci": ({"vmstate": "{}"}, {"vfio_cpr": False}, "takes no part"),
-    "a dump": ({"vmstate": "not JSON"}, {"vfio_cpr": False}, "takes no part"),
 }
 
 
@@ -151,6 +150,22 @@ def test_a_qemu_without_traces_can_be_verified() -> None:
     found = interview(trace="qemu_loadvm_state")
     assert found.log_trace is False
     found.require_cpr_transfer()
+
+
+def test_a_qemu_without_a_dump_is_not_taken_for_one_without_vfios_part() -> None:
+    with pytest.raises(EnvironmentFault, match=r"a script: .* leaves no dump .* it says: nothing"):
+        interview(vmstate="not JSON")
+    lost = (
+        Answers().script().replace("*-dump-vmstate*)", "*-dump-vmstate*) echo no ROM >&2 ;; none)")
+    )
+    with pytest.raises(EnvironmentFault, match=r"leaves no dump .*No such file.* it says: no ROM"):
+        identify(Scripted(Path("/"), lost), "a script", "")
+
+
+def test_a_qemu_that_is_killed_is_not_taken_for_one_that_lacks_something() -> None:
+    killed = Answers().script().replace("*trace:help*)", "*trace:help*) kill -9 $$ ;; none)")
+    with pytest.raises(EnvironmentFault, match=r"with -d trace:help it was killed by signal 9"):
+        identify(Scripted(Path("/"), killed), "a script", "")
 
 
 # What is no QEMU.
