@@ -47,11 +47,7 @@ class Carried:
         return self.after.since(self.before)
 
 
-@pytest.fixture(
-    scope="module",
-    params=GUESTS,
-    ids="+".join,
-)
+@pytest.fixture(scope="module", params=GUESTS, ids="+".join)
 def carried(request: pytest.FixtureRequest, linux_bench: LinuxBench) -> Carried:
     driver, mode = request.param
     if mode not in linux_bench.subject.capabilities.modes:
