@@ -102,6 +102,7 @@ MALFORMED = {
     "not a version": (ENTRY.replace(">=10.1", "ten"), "hot-reset"),
     "not text": (ENTRY.replace('">=10.1,<=11.1.3"', "11"), "versions"),
     "not a regular expression": (ENTRY.replace("kvm run", "(kvm run"), "hot-reset"),
+    "not a pattern of those by chance": (ENTRY + 'by_chance = "*"\n', "hot-reset"),
     "not a pattern of tests": (ENTRY.replace("test_takeover", "*test_takeover"), "hot-reset"),
     "about nothing": (re.sub("tests = .*", "", ENTRY), "neither tests nor axes"),
     "no axes": (ENTRY + 'axes = "tcg"\n', "axes is not a table"),
@@ -218,6 +219,18 @@ def test_a_pass_fails_and_asks_whether_it_was_fixed(issues: Sequence[KnownIssue]
     assert notes["blame"] == "qemu", "what the QEMU does is not what is known of it"
 
 
+def test_one_that_shows_by_chance_is_known_where_it_does_and_passes_where_not(path: Path) -> None:
+    path.write_text(ENTRY + 'by_chance = "it_fires"\n')
+    issues = load(path)
+    failed, passed = a_report("failed", "kvm run failed"), a_report("passed")
+    judge(failed, issues, [VERSION], {})
+    judge(passed, issues, [VERSION], {})
+    assert failed.skipped
+    assert passed.passed
+    assert not issues[0].always_shows(CASE)
+    assert issues[0].always_shows(CASE.replace("it_fires", "it_is_pending"))
+
+
 @pytest.mark.parametrize("versions", [(VERSION, "12.0.0"), ("12.0.0", VERSION)])
 def test_of_two_qemus_one_may_have_what_is_known(
     issues: Sequence[KnownIssue], versions: Sequence[str]
@@ -301,6 +314,10 @@ FLAWS = {
         ["not both"],
     ),
     "no test": (GOOD.replace("e1000e", "e2000e"), ["concerns no test: test_takeover.*e2000e"]),
+    "no test that always tells": (
+        GOOD.replace("evidence", 'by_chance = "takeover"\nevidence'),
+        ["shows only by chance"],
+    ),
     "no version": (GOOD.replace(">=10.1,<=11.1.3", ""), ["versions names none"]),
     "not a point": (GOOD + 'device = "msix:3"\n', ["the reproducer's device"]),
     "not a script": (GOOD.replace("old SEGV", "old '"), ["the reproducer is no script"]),
