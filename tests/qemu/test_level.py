@@ -12,11 +12,9 @@ import pytest
 
 from fixtures.bench import LabBench
 from fixtures.coverage import Coverage
-from fixtures.cpr import Cpr, Step
 from fixtures.guests.pci import IntxFunction
 from fixtures.matrix import Point
 from fixtures.rig import Rig
-from fixtures.storm import Storm
 from fixtures.waiting import until
 
 POINTS = Coverage(
@@ -94,15 +92,6 @@ def released(asserted: Rig) -> Rig:
     return asserted
 
 
-@pytest.fixture(scope="module")
-def stormy(released: Rig) -> tuple[Storm, Cpr]:
-    with Storm(released) as storm:
-        cpr = released.hand_over()
-        storm.goes_on()
-    cpr.leave()
-    return storm, cpr
-
-
 def test_nothing_is_delivered_behind_a_masked_input(behind_a_mask: Rig) -> None:
     assert behind_a_mask.times_taken(0) == 0
 
@@ -131,18 +120,4 @@ def test_it_interrupts_no_more_when_it_is_released(released: Rig) -> None:
 
 @pytest.mark.limits(path=("qemu",))
 def test_the_next_request_is_delivered(released: Rig) -> None:
-    released.fire(0)
-
-
-@pytest.mark.limits(path=("qemu",))
-def test_requests_that_come_all_the_time_go_on_to_be_served(
-    released: Rig, stormy: tuple[Storm, Cpr]
-) -> None:
-    """The next one comes when the guest has served the one before it."""
-    storm, cpr = stormy
-    assert storm.during(0, cpr.times[Step.MIGRATE]) > 0
-    assert storm.during(cpr.times[Step.MIGRATE], cpr.times[Step.RUNNING]) > 0
-    released.await_delivery(0)
-    assert released.observe().pending == set()
-    released.begin()
     released.fire(0)

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import pytest
 
 from fixtures.bench import LabBench
-from fixtures.coverage import MSIX, SOUND, Coverage
+from fixtures.coverage import MESSAGES, MSIX, Coverage
 from fixtures.cpr import Cpr, Step
 from fixtures.matrix import Point
 from fixtures.rig import Rig
 from fixtures.storm import Storm
 
 POINTS = Coverage(
-    irq=("msix:64", "msi:32"),
+    also=("msix:64", "intx", "intx,path=qemu"),
+    irq=("msix:64", "msi:32", "intx"),
     container=("type1",),
-    **SOUND,
+    accel=("kvm",),
     iommu=("intel-iommu",),
     reset=("bus",),
     irqchip=("full",),
     apic=("xapic", "smp"),
-    bars=("mmap",),
 )
 
 
@@ -63,9 +63,19 @@ def test_it_goes_on_through_all_of_the_takeover(stormy: Stormy) -> None:
     assert during(times[Step.MIGRATE], times[Step.RUNNING]) > 0
 
 
+@pytest.mark.limits(irq=MESSAGES)
 def test_each_event_is_delivered_exactly_once(stormy: Stormy) -> None:
     stormy.rig.await_delivery(*stormy.rig.vectors)
     stormy.rig.check(in_order=False)
+
+
+@pytest.mark.limits(irq=("intx",))
+def test_no_request_is_left_and_the_next_one_is_served(stormy: Stormy) -> None:
+    rig = stormy.rig
+    rig.await_delivery(0)
+    assert rig.observe().pending == set()
+    rig.begin()
+    rig.fire(0)
 
 
 @pytest.mark.limits(irq=MSIX)
@@ -79,6 +89,7 @@ def test_what_fired_while_masked_is_delivered_once_when_unmasked(stormy: Stormy)
 
 
 @pytest.mark.usefixtures("traces")
+@pytest.mark.limits(path=("kvm",))
 def test_vectors_bypass_qemu_again_and_are_delivered_once(stormy: Stormy) -> None:
     rig = stormy.rig
     rig.begin()
