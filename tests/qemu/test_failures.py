@@ -75,7 +75,10 @@ def expect_rollback(
     """
     with survivor.rig() as rig:
         rig.begin()
-        masked, pending = (MASKED, PENDING) if rig.shows_pending else ((), ())
+        masked = [vector for vector in MASKED if vector in rig.vectors]
+        # A pending bit that the guest cannot see fails each CPR: msi-pending-bits-fail-cpr.
+        pending = PENDING if rig.shows_pending else ()
+        may_fire = set(rig.vectors) if rig.shows_pending else set(rig.vectors) - set(masked)
         rig.mask(*masked)
         rig.fire(*pending)
         rig.check()
@@ -84,7 +87,7 @@ def expect_rollback(
         def fire() -> None:
             if at in STOPPED:
                 rig.model.stop()
-            rig.fire(*(n for n in meanwhile if n in rig.vectors))
+            rig.fire(*(n for n in meanwhile if n in may_fire))
 
         cpr = Failing(
             rig.machine,
