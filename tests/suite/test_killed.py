@@ -157,7 +157,7 @@ def start(cache: Cache, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     yield begin
     for run in runs:
         # After a failure.  Its guardians, which are in sessions of their own, clear up.
-        with contextlib.suppress(ProcessLookupError):
+        if run.process.poll() is None:
             os.killpg(run.process.pid, signal.SIGKILL)
         run.process.wait()
         with contextlib.suppress(DeadlineError):

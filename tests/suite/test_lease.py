@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -228,8 +229,9 @@ def test_options_that_nobody_wants_are_left_alone(sys: Sys, hold: Callable[..., 
 def test_what_uses_the_devices_is_ended_first(
     hold: Callable[..., Holder], end: Callable[[Holder], None]
 ) -> None:
-    holder = hold("token-of-a-run", FIRST)
-    user = subprocess.Popen(["sleep", "600"], env={**os.environ, TOKEN: "token-of-a-run"})
+    token = secrets.token_hex(8)
+    holder = hold(token, FIRST)
+    user = subprocess.Popen(["sleep", "600"], env={**os.environ, TOKEN: token})
     end(holder)
     assert hold("b", FIRST).granted
     assert user.wait(10) == -signal.SIGKILL

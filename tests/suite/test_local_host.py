@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from fixtures.hosts import Host, LocalHost
+from fixtures.hosts.base import TOKEN, guardian
 from fixtures.hosts.local import clear_up
 from fixtures.waiting import until
 
@@ -129,6 +131,22 @@ def test_the_guardian_is_deaf_to_what_ends_a_session(
     host._guardian.send_signal(number)
     host.close()
     assert left_of(local, host.token) == ""
+
+
+def test_a_guardian_ends_nothing_of_a_run_whose_token_begins_like_its_own() -> None:
+    token = secrets.token_hex(8)
+    ours, another = (
+        subprocess.Popen(["sleep", "60"], env={**os.environ, TOKEN: value})
+        for value in (token, token + "0")
+    )
+    try:
+        subprocess.run(guardian(token), stdin=subprocess.DEVNULL, check=True)
+        assert ours.wait(10) == -signal.SIGKILL
+        assert another.poll() is None
+    finally:
+        for process in (ours, another):
+            process.kill()
+            process.wait()
 
 
 def test_a_run_clears_up_after_one_whose_guardian_was_killed_with_it(
