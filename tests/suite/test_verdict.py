@@ -508,8 +508,6 @@ def test_a_malformed_list_of_known_issues_is_one_clear_line(
     monkeypatch.setattr(sys.modules[__name__], "KNOWN_ISSUES", "[[issue]]\n")
     done = run(tmp_path, ["test_holds"])
     assert done.exit == pytest.ExitCode.USAGE_ERROR
-    assert [line for line in done.output.splitlines() if line] == [
-        f"ERROR: {tmp_path}/tests/qemu/known_issues.toml: issue 1: wants the fields "
-        "['evidence', 'id', 'summary', 'symptom', 'versions'], may have ['axes', 'no_reproducer', "
-        "'report', 'reproducer', 'tests', 'upstream'], has []"
-    ]
+    (line,) = (line for line in done.output.splitlines() if line)
+    assert line.startswith(f"ERROR: {tmp_path}/tests/qemu/known_issues.toml: issue 1: wants the ")
+    assert "fields ['evidence', 'id', 'summary', 'symptom', 'versions'], may have " in line
