@@ -29,6 +29,9 @@ from images.cache import Cache
 ROOT = Path(__file__).parents[2]
 CHEAP = ("-k", "test_takeover and msix:8 and config_space and not exec")
 
+#: Flags of a process in its stat (Linux, include/linux/sched.h).
+PF_EXITING, PF_KTHREAD = 0x4, 0x200000
+
 #: One at a time: each boots a lab host.
 IN_TURN = pytest.mark.xdist_group("killed")
 #: Beside these.
@@ -79,13 +82,10 @@ class Run:
     def members(self) -> list[int]:
         """The pids of the processes there are now."""
         found = []
-        for entry in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                environment = entry.read_bytes()
-            except OSError:
-                continue  # it has just ended
+        for entry in Path("/proc").glob("[0-9]*"):
+            environment = _environment(entry)
             if self._mark.encode() in environment:
-                found.append(int(entry.parent.name))
+                found.append(int(entry.name))
                 # A guardian has it on its command line, before there are any directories.
                 told = environment + _command(found[-1])
                 tokens = re.findall(rf"(?:{TOKEN}=|vfio-cpr-)(\w{{16}})".encode(), told)
@@ -127,6 +127,18 @@ class Run:
         return until(
             lambda: set(self.lab_hosts()) - but, "a lab host", 120, pause_s=0.05, but=ended
         ).pop()
+
+
+def _environment(process: Path) -> bytes:
+    """That of a process that lives.  One that is just being executed has none for a moment."""
+    with contextlib.suppress(OSError):  # it has just ended
+        for _ in range(1000):
+            if environment := (process / "environ").read_bytes():
+                return environment
+            state, *fields = (process / "stat").read_text().rpartition(")")[2].split()
+            if state in "ZX" or int(fields[5]) & (PF_EXITING | PF_KTHREAD):
+                break
+    return b""
 
 
 def _command(pid: int) -> bytes:
