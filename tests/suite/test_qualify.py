@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fixtures.evidence import known as known_issues
 from fixtures.qualify import (
     BASE,
     BEGIN,
@@ -149,6 +151,8 @@ def fault_named(
         (["FALSE ALARM", "caught"], 1),
         (["error", "caught"], 3),
         (["error", "MISSED"], 1),
+        (["clean", "mended"], 0),
+        (["clean", "NOT MENDED"], 1),
     ],
 )
 def test_only_what_was_claimed_and_seen_is_good(
@@ -298,6 +302,53 @@ def test_a_fault_for_a_linux_guest_is_tried_by_its_tests_alone(
     assert asked == [["-k", "test_linux", "--profile", "quick"]]
 
 
+CASES = {
+    "gone": {"result": "FAIL", "notes": {"gone": "old"}},
+    "shown": {"result": "known", "notes": {"known": "old"}},
+    "another": {"result": "known", "notes": {"known": "other"}},
+    "wrong": {"result": "FAIL", "notes": {}},
+    "right": {"result": "ok", "notes": {}},
+}
+
+
+@pytest.mark.parametrize(
+    ("cases", "code", "outcome"),
+    [
+        (["gone", "right", "another"], 1, "mended"),
+        (["gone", "shown"], 1, "NOT MENDED"),
+        (["gone", "wrong"], 1, "NOT MENDED"),
+        (["wrong"], 1, "NOT MENDED"),
+        (["right", "shown"], 0, "NOT MENDED"),
+        (["right"], 0, "NOT MENDED"),
+        (["gone"], 3, "error"),
+    ],
+)
+def test_an_issue_is_mended_if_its_tests_say_so_and_none_fails_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: list[str], code: int, outcome: str
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(_: object, argv: list[str]) -> subprocess.CompletedProcess[str]:
+        asked.append(argv)
+        each = {"group": "takeover", "point": "8", "behaviour": "x", "phase": "call"}
+        verdict = {"cases": [each | CASES[name] for name in cases]}
+        Path(argv[argv.index("--verdict-json") + 1]).write_text(json.dumps(verdict))
+        return subprocess.CompletedProcess(argv, code, "", "")
+
+    monkeypatch.setattr(Qualifier, "_to_its_end", run)
+    monkeypatch.setattr(Cache, "discard", lambda *_: None)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/qemu").touch()
+    mend = fault_named("mend", tests="test_takeover", points=("intx",), mends="old")
+    assert qualifier(tmp_path)._verify(_Job(mend, tmp_path / "bin/qemu")).outcome == outcome
+    assert all("-x" not in argv for argv in asked), "all of its tests have to say so"
+
+
+def test_known_issues_that_are_mended_are_of_the_list() -> None:
+    known = {issue.id for issue in known_issues.load(ROOT / "tests/qemu/known_issues.toml")}
+    assert {entry.mends for entry in load() if entry.mends} < known
+
+
 @pytest.fixture
 def qualify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Builds]:
     (tmp_path / "source").mkdir()
@@ -382,6 +433,14 @@ def test_the_base_is_also_verified_at_all_points_that_faults_name(
     assert made.points["base-at-points"] == ("intx", "msi:8")
     assert qualify(*faults[1:]).verified == []
     assert qualify(faults[0]).verified == ["base-at-points"]
+
+
+def test_the_base_is_not_verified_where_an_issue_is_mended(
+    qualify: Callable[..., _Builds],
+) -> None:
+    mend = fault_named("mend", points=("intx",), mends="old")
+    made = qualify(replace(mend, edits=((r"i \+ 1", "0"),)))
+    assert made.verified == ["base", "mend"]
 
 
 def test_the_base_is_also_verified_by_the_tests_of_faults_for_linux_guests(
