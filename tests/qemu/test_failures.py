@@ -19,7 +19,6 @@ from fixtures.cpr import Failing, Step, TooLate
 from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.hosts import PciDevice
 from fixtures.matrix import Point
-from fixtures.oracle.model import IntxModel
 from fixtures.oracle.observation import expect_same
 from images.errors import EnvironmentFault
 from tests.qemu.test_rollback import expect_dma
@@ -102,9 +101,6 @@ def expect_rollback(
         if rig.model.stopped:
             rig.model.cont()
         rig.await_delivery(*rig.model.delivered)
-        if isinstance(rig.model, IntxModel):  # one or more; now no more
-            rig.observe()
-            rig.begin()
         rig.check(in_order=at not in STOPPED)
         after = rig.observe()
         assert cpr.told

@@ -65,6 +65,16 @@ def test_the_order_is_not_what_is_compared_here(model: MsixModel) -> None:
     compare(model, **{**as_it_is(model), "seen": [0, 2]})  # type: ignore[arg-type]
 
 
+def test_a_level_may_interrupt_several_times_but_not_without_a_request() -> None:
+    model = IntxModel()
+    model.fire(0)
+    compare(model, [0, 0, 0], {}, frozenset(), frozenset())
+    with pytest.raises(Mismatch, match=r"delivered 1x +delivered 0x"):
+        compare(model, [], {}, frozenset(), frozenset())
+    with pytest.raises(Mismatch, match=r"delivered 0x +delivered 1x"):
+        compare(IntxModel(), [0], {}, frozenset(), frozenset())
+
+
 Words = tuple[str, str]
 DIFFERENCES: dict[str, tuple[dict[str, object], dict[int, Words]]] = {
     "lost": ({"seen": [2]}, {0: ("delivered 1x", "delivered 0x")}),
