@@ -44,7 +44,9 @@ def chosen(cache: Cache) -> Callable[..., set[str]]:
 
 def test_the_catalogue_names_tests_by_words_alone() -> None:
     """As `Concern.has` has it."""
-    for fault in load():
+    faults = Concern.of({fault.file for fault in load()}).faults
+    assert len(faults) > 100
+    for fault in faults:
         assert not re.search(r"\b(or|not)\b|[()]", fault.tests), fault.id
 
 
@@ -69,6 +71,11 @@ def test_what_takes_several_functions_is_tried_where_the_first_is_at_the_fault_s
     several = {case for case in chosen("hw/vfio/iommufd.c") if case.startswith("several ")}
     assert "several msix:8+iommufd+trap+twins" in several
     assert all("several msix:8+iommufd+trap+" in case for case in several)
+
+
+def test_what_is_mended_by_a_change_is_not_what_it_can_break() -> None:
+    mended = {fault.file for fault in load() if fault.mends}
+    assert not any(fault.mends for fault in Concern.of(mended).faults)
 
 
 def test_more_files_mean_all_of_theirs(chosen: Callable[..., set[str]]) -> None:
