@@ -255,7 +255,7 @@ def environment(plugin: Path, tmp_path: Path) -> dict[str, str]:
         "PYTHONPATH": str(plugin),
         "PATH": f"{plugin / 'bin'}:{os.environ['PATH']}",
         "HOME": str(tmp_path / "home"),
-        "VFIO_CPR_TEST": tmp_path.name,
+        "VFIO_CPR_TEST": str(tmp_path),
     }
 
 
@@ -393,7 +393,7 @@ def ours(tmp_path: Path) -> list[str]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if f"VFIO_CPR_TEST={tmp_path.name}\0".encode() in (entry / "environ").read_bytes():
+            if f"VFIO_CPR_TEST={tmp_path}\0".encode() in (entry / "environ").read_bytes():
                 found.append((entry / "cmdline").read_text().replace("\0", " "))
         except OSError:
             continue  # it has just ended
