@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from fixtures.linux import LinuxBench, LinuxRig, Traffic
+from fixtures.guests.base import Traffic
+from fixtures.linux import LinuxBench, LinuxRig
 from fixtures.rig import held
 from tests.qemu.test_guests import expect_intact
 

@@ -187,6 +187,7 @@ def test_what_is_repeated_ends_with_its_last_round(linux: LinuxGuest) -> None:
 def test_copies_that_a_disk_has_are_intact(linux: LinuxGuest) -> None:
     Disk().bring_up(linux)
     copies = Copies(linux)
+    copies.moves()
     portions = copies.end()
     assert len(portions) >= 2
     assert all(sent == came for sent, came in portions)
@@ -207,6 +208,7 @@ def test_copies_that_a_disk_has_lost_show(linux: LinuxGuest, local: LocalHost) -
 
 def test_the_queues_of_a_disk_interrupt_the_cpu_that_they_belong_to(linux: LinuxGuest) -> None:
     copies = Copies(linux)
+    copies.moves()
     counts = linux.interrupts(Disk.data)
     copies.end()
     assert {name: [n > 0 for n in each] for name, each in counts.items()} == {
