@@ -20,6 +20,7 @@ from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.hosts import PciDevice
 from fixtures.matrix import Point
 from fixtures.oracle.observation import expect_same
+from fixtures.rig import Rig
 from images.errors import EnvironmentFault
 from tests.qemu.test_rollback import expect_dma
 
@@ -111,6 +112,8 @@ def expect_rollback(
         expect_same("the MSI-X table", before.table, after.table, 16)
         if isinstance(rig.endpoint, VfioUserEndpoint):
             expect_dma(rig)
+        if not rig.shows_pending:
+            expect_held_back(rig, masked)
         rig.take_over()
         rig.begin()
         rig.unmask(*masked)
@@ -119,6 +122,17 @@ def expect_rollback(
         rig.check(in_order=False)
         rig.machines.remove(cpr.new)
         return cpr
+
+
+def expect_held_back(rig: Rig, masked: Sequence[int]) -> None:
+    """What fires while it is masked is delivered once when it is unmasked; it is masked again."""
+    rig.begin()
+    rig.fire(*masked)
+    rig.check()
+    rig.unmask(*masked)
+    rig.await_delivery(*masked)
+    rig.check(in_order=False)
+    rig.mask(*masked)
 
 
 def expect_guest_in_new(survivor: Survivor, fault: Callable[[Failing], None]) -> None:
