@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -118,14 +119,17 @@ def test_a_time_that_is_none_is_told(capfd: pytest.CaptureFixture[str], hours: s
 # As a command, to the end.
 
 
-def verify(cache: Cache, *arguments: str) -> subprocess.CompletedProcess[str]:
+def verify(
+    cache: Cache, *arguments: str, stdout: IO[str] | int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "fixtures.verify"),
             *("-q", "-n", "1", "--cache", str(cache.root), *arguments),
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=120,
     )
@@ -135,6 +139,18 @@ def test_a_bad_qemu_ends_the_command_with_its_exit_code(cache: Cache) -> None:
     done = verify(cache, "--qemu", "/no/such/qemu")
     assert (done.returncode, done.stdout) == (BAD_INPUT, "")
     assert done.stderr == "ci/verify: --qemu /no/such/qemu: no such file\n"
+
+
+@pytest.mark.parametrize("arguments", [["--list-axes"], ["-k", "no_such_behaviour"]], ids=" ".join)
+def test_that_nobody_reads_what_it_prints_is_one_clear_line(
+    cache: Cache, arguments: list[str]
+) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as stdout:
+        done = verify(cache, *arguments, stdout=stdout)
+    assert done.returncode == COULD_NOT_VERIFY
+    assert done.stderr == "ci/verify: nobody reads any more what it prints\n"
 
 
 def test_the_axes_are_listed_and_nothing_is_done(cache: Cache) -> None:
