@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fixtures import known_issues
+from fixtures import known_issues, qualify
 from fixtures.direct import described
 from fixtures.endpoints.vfio_user import VfioUserEndpoint
 from fixtures.evidence.known import KnownIssue, judge, load
@@ -32,6 +32,13 @@ versions = ">=10.1,<=11.1.3"
 tests = "test_takeover.*e1000e"
 symptom = "kvm run failed"
 evidence = "seen on 10.2.2"
+"""
+#: As far as an edit of the catalogue needs it.
+ENABLE = """\
+static bool vfio_cpr_intx_enable_kvm(VFIOPCIDevice *vdev)
+{
+    vdev->intx.kvm_accel = true;
+}
 """
 CASE = "tests/qemu/test_takeover.py::test_it_fires[e1000e]"
 VERSION = "11.1.3 (Debian 1:11.1.3+ds-1~bpo13+1)"
@@ -396,6 +403,47 @@ def test_what_is_no_draft_is_no_mail(path: Path, text: str, why: str) -> None:
     path.write_text(text)
     with pytest.raises(BadInputError, match=re.escape(why)):
         mail(load(path)[0])
+
+
+def test_what_mends_it_is_in_the_mail_and_a_diff_to_a_tree(
+    ours: Sequence[KnownIssue], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (issue,) = (each for each in ours if each.id == "intx-stays-masked")
+    assert "vfio_cpr_intx_enable_kvm (hw/vfio/pci.c): INTx is unmasked" in mail(issue).get_content()
+    source = tmp_path / "hw/vfio/pci.c"
+    source.parent.mkdir(parents=True)
+    source.write_text(ENABLE)
+    assert main(["mend", issue.id, str(tmp_path)]) == 0
+    git = ("git", "-C", str(tmp_path), "apply", "-")
+    subprocess.run(git, input=capsys.readouterr().out, text=True, check=True)
+    assert "vfio_device_irq_unmask(" in source.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("intx-stays-masked", "", "hw/vfio/pci.c: No such file"),
+        ("intx-stays-masked", "int one;\n", "vfio_cpr_intx_enable_kvm is defined 0 times"),
+        ("gap-in-the-moon", ENABLE, "no known issue gap-in-the-moon"),
+        ("UNMENDED", ENABLE, "has nothing that mends it"),
+    ],
+)
+def test_what_cannot_be_mended_is_one_clear_line(
+    ours: Sequence[KnownIssue],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    why: str,
+) -> None:
+    mended = {fault.mends for fault in qualify.load()}
+    unmended = next(issue.id for issue in ours if issue.id not in mended)
+    if text:
+        (tmp_path / "hw/vfio").mkdir(parents=True)
+        (tmp_path / "hw/vfio/pci.c").write_text(text)
+    assert main(["mend", name.replace("UNMENDED", unmended), str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line
 
 
 # The scripts.
