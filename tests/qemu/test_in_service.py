@@ -58,7 +58,6 @@ def test_they_are_delivered_once_when_it_ends(ended: Rig) -> None:
 
 
 def test_it_is_delivered_again_and_so_are_the_others(ended: Rig) -> None:
-    ended.await_delivery(*ended.model.delivered)
-    ended.begin()
+    ended.rest()
     ended.fire(*ended.vectors)
     ended.check()
