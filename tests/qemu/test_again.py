@@ -78,9 +78,7 @@ def test_pending_vectors_are_delivered_once_when_unmasked(taken_over: TakenOver)
 
 def test_every_vector_fires_exactly_once_and_in_order(taken_over: TakenOver) -> None:
     rig = taken_over.rig
-    rig.unmask(*rig.vectors)
-    rig.await_delivery(*rig.vectors)
-    rig.begin()
+    rig.rest()
     rig.fire(*rig.vectors)
     rig.check()
 
